@@ -1,0 +1,14 @@
+"Paths and small clip sets that several test files share."
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+@pytest.fixture(scope='session')
+def shared():
+    "The folder of real clips and weights ($TSD_SHARED); the test is skipped where there is none"
+    path = Path(os.environ.get('TSD_SHARED', ROOT.parent/'shared'))
+    if not path.is_dir(): pytest.skip('no real clips here: set TSD_SHARED to their folder')
+    return path

@@ -1,0 +1,102 @@
+"""Tools for the notebooks: `run` re-executes and cleans them, `readme` renders README.md, `check` proves that the tree is in step.
+
+    python tests/notebooks.py run nbs/01_mhca.ipynb …   # execute in place, keep outputs, clean
+    python tests/notebooks.py readme                    # README.md from nbs/index.ipynb
+    python tests/notebooks.py check                     # clean, exported, README current; exits 1 and names what is not
+"""
+import filecmp, os, re, shutil, subprocess, sys, tempfile
+from pathlib import Path
+
+from execnb.nbio import read_nb, write_nb
+from execnb.shell import CaptureShell
+from nbdev.clean import clean_nb
+from nbdev.config import get_config
+from nbdev.export import nb_export
+from nbdev.frontmatter import FrontmatterProc
+from nbdev.process import NBProcessor
+from fastcore.xtras import working_directory
+
+ROOT = Path(__file__).resolve().parent.parent
+NBS  = ROOT/'nbs'
+HAND_WRITTEN = {'__init__.py', 'all.py', 'imports.py', '_modidx.py'}
+
+def notebooks(root=ROOT):
+    "Every notebook of the project under `root`, sorted; an empty list is an error"
+    nbs = sorted(p for p in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+    if not nbs: raise SystemExit(f'no notebook found under {root/"nbs"}')
+    return nbs
+
+def run(path):
+    "Execute the notebook at `path` as `nbdev_test` would, but keep the outputs; cells with a test flag keep their old ones"
+    path, skip = Path(path).resolve(), set(get_config().tst_flags.split())
+    os.environ['IN_TEST'] = '1'
+    nb = NBProcessor(path, procs=FrontmatterProc, process=True).nb
+    def skipped(cell):
+        if cell.cell_type != 'code': return True
+        d = getattr(cell, 'directives_', {}) or {}
+        if d.get('eval:', [''])[0].lower() == 'false' or skip & d.keys(): return True
+        cell.outputs = []
+    shell = CaptureShell(path, mpl_format='png')
+    try:
+        with working_directory(path.parent): shell.run_all(nb, exc_stop=True, preproc=skipped)
+    except Exception: raise SystemExit(shell.prettytb(fname=path.name))
+    raw = read_nb(path)                                   # the source as it stands on disk, directives included
+    for old, new in zip(raw.cells, nb.cells):
+        if old.cell_type == 'code': old['outputs'] = [o for o in new.get('outputs', []) if o.get('name') != 'stderr']
+    clean_nb(raw)
+    write_nb(raw, path)
+
+def render_readme(path=NBS/'index.ipynb'):
+    "Markdown of the index notebook: prose, shown code, text and table outputs; hidden cells left out"
+    from nbconvert import MarkdownExporter
+    from nbformat import from_dict
+    nb = read_nb(path)
+    keep = []
+    for c in nb.cells:
+        if re.search(r'^#\|\s*hide\s*$', c.source, re.M): continue
+        c['source'] = re.sub(r'^#\|.*\n?', '', c.source, flags=re.M)
+        for o in c.get('outputs', []):
+            data = o.get('data', {})
+            if 'text/markdown' in data: o['data'] = {'text/markdown': data['text/markdown']}
+            elif 'text/html' in data and 'text/plain' in data: del data['text/html']
+        keep.append(c)
+    nb['cells'] = keep
+    body, _ = MarkdownExporter().from_notebook_node(from_dict(nb))
+    note = '<!-- Rendered from nbs/index.ipynb by `python tests/notebooks.py readme`: edit the notebook. -->\n\n'
+    return note + re.sub(r'\n{3,}', '\n\n', body).strip() + '\n'
+
+def out_of_step():
+    "What is not in step in the working tree, a line each: dirty notebooks, stale or orphaned modules, an old README"
+    bad = []
+    with tempfile.TemporaryDirectory() as tmp:
+        copy = Path(tmp)/'tsd'
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns('.git', '.venv', 'runs', '__pycache__', '*.egg-info'))
+        bins = Path(sys.executable).parent
+        for tool in ('nbdev_clean', 'nbdev_export'): subprocess.run([bins/tool], cwd=copy, check=True, capture_output=True)
+        for nb in notebooks():
+            rel = nb.relative_to(ROOT)
+            if not filecmp.cmp(nb, copy/rel, shallow=False): bad.append(f'{rel} is not clean: run nbdev_clean')
+        fresh = {p.name for p in (copy/'tsd').glob('*.py')}
+        for p in sorted((copy/'tsd').glob('*.py')):
+            mine = ROOT/'tsd'/p.name
+            if not mine.exists() or not filecmp.cmp(mine, p, shallow=False): bad.append(f'tsd/{p.name} differs from its notebook: run nbdev_export')
+        stems = {'_'.join(nb.stem.split('_')[1:]) for nb in notebooks()}
+        for name in sorted(fresh - HAND_WRITTEN):
+            if Path(name).stem not in stems: bad.append(f'tsd/{name} has no notebook')
+    if (ROOT/'README.md').read_text(encoding='utf-8') != render_readme(): bad.append('README.md is old: run python tests/notebooks.py readme')
+    return bad
+
+if __name__ == '__main__':
+    os.chdir(ROOT)
+    cmd, *args = sys.argv[1:] or ['']
+    if cmd == 'run':
+        for a in args:
+            subprocess.run([sys.executable, __file__, '_run', a], check=True) if len(args) > 1 else run(a)
+            print('ran', a)
+    elif cmd == '_run': run(*args)
+    elif cmd == 'readme': (ROOT/'README.md').write_text(render_readme(), encoding='utf-8')
+    elif cmd == 'check':
+        bad = out_of_step()
+        print('\n'.join(bad) or f'in step: {len(notebooks())} notebooks clean, exported, README current')
+        sys.exit(bool(bad))
+    else: sys.exit(__doc__)
