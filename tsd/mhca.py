@@ -66,8 +66,8 @@ def fold_bias(
     m = lo + 2*((hi-lo)/4).round()
     g = 2*a[...,None]*(pos+D)                                         # (h,N,2)
     c = -a*(sq+m+2*(D*pos).sum(-1))                                   # (h,N)
-    q = torch.cat([_split(o) for o in (a.expand_as(c), g[...,0], g[...,1], c)], -1)
-    k = torch.stack([m-sq, pos[:,0], pos[:,1], torch.ones_like(sq)], -1).repeat_interleave(2, -1)
+    q = torch.cat([_split(o) for o in (a.expand_as(c), g[...,0], g[...,1], c/16)], -1)   # /16: float16 ends at 65504
+    k = torch.stack([m-sq, pos[:,0], pos[:,1], torch.full_like(sq, 16)], -1).repeat_interleave(2, -1)
     return F.pad(q, (0,0,n_prefix,0)), F.pad(k, (0,0,n_prefix,0))
 
 # %% ../nbs/01_mhca.ipynb #9ef7f444
