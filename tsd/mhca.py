@@ -7,6 +7,7 @@ __all__ = ['patch_positions', 'dense_bias', 'head_centres', 'fold_bias', 'MHCA']
 
 # %% ../nbs/01_mhca.ipynb #558cf455
 from .imports import *
+from fastcore.basics import patch
 from timm.layers.attention import Attention, resolve_self_attn_mask
 
 # %% ../nbs/01_mhca.ipynb #fc0749a9
@@ -104,8 +105,6 @@ class MHCA(Attention):
     def extra_repr(self): return f'num_heads={self.num_heads}, form={self.form!r}, grid={self.grid}, n_prefix={self.n_prefix}'
 
 # %% ../nbs/01_mhca.ipynb #8b31e473
-from fastcore.basics import patch
-
 @patch
 def _bias_args(self:MHCA, n):
     "Positions, alpha, delta and prefix for `n` tokens, in float32 or better"
