@@ -44,13 +44,13 @@ def warp(
     width:int, # of the output
 )->Tensor: # (T,C,height,width), zero outside the picture
     "Draw `image` moved, stretched and turned, once for each frame"
-    half = torch.tensor([width, height])/2
     cos, sin = angle.cos(), angle.sin()
-    turn = torch.stack([cos, sin, -sin, cos], -1).view(-1,2,2)               # back by `angle`
-    a = turn * half / (scale/2)[:,:,None]                                    # (T,2,2) output position → picture position
-    theta = torch.cat([a, -(a @ (centre/half)[:,:,None])], -1)               # (T,2,3)
-    grid = F.affine_grid(theta, (len(theta), len(image), height, width), align_corners=False)
-    return F.grid_sample(image.expand(len(theta),-1,-1,-1), grid, align_corners=False)
+    back = torch.stack([cos, sin, -sin, cos], -1).view(-1,2,2) / (scale/2)[:,:,None]        # (T,2,2) turned and stretched back
+    a = torch.cat([back, -back @ centre[:,:,None]], -1).view(-1,3)                          # (2T,3)
+    x, y = torch.arange(width)+.5-width/2, torch.arange(height)+.5-height/2
+    at = torch.stack([x.expand(height,-1), y[:,None].expand(-1,width), torch.ones(height,width)], -1)
+    u = (at @ a.T).view(height, width, -1, 2).permute(2,0,1,3)                              # (T,H,W,2) in [-1,1] inside the picture
+    return F.grid_sample(image.expand(len(u),-1,-1,-1), u, align_corners=False)
 
 # %% ../nbs/14_tinyclips.ipynb #d1537bf3
 def backdrop(
@@ -171,7 +171,7 @@ def _write(job, root, kind, seed, size):
     split, i = job
     label, digit, clip = _frames(kind, seed, split, i, **size)
     path = f'{label}/{split}_{i:05d}.mp4'
-    encode(root/path, clip, fps=8, gop=8, crf=20, preset='ultrafast')
+    encode(root/path, clip, fps=8, gop=8, crf=20, preset='superfast')
     return dict(path=path, label=label, group=f'digit_{digit:04d}', split=split)
 
 # %% ../nbs/14_tinyclips.ipynb #481f800a
