@@ -55,7 +55,8 @@ class MultiScaleCrop(v2.Transform):
         return dict(top=top, left=left, height=h, width=w)
 
     def transform(self, inpt, params):
-        return VF.resized_crop(inpt, **params, size=[self.size]*2, antialias=True)
+        t,l,h,w = params.values()
+        return VF.resize(inpt[..., t:t+h, l:l+w], [self.size]*2, antialias=True)
 
 # %% ../nbs/12_augment.ipynb #b72e5f9b
 def _squares(

@@ -182,7 +182,7 @@ class VideoClip(TensorBase):
         x = x/255 if x.dtype==torch.uint8 else x.clamp(0, 1)
         frames = x[:, np.linspace(0, x.shape[1]-1, min(n, x.shape[1])).round().astype(int)]
         frames = F.pad(frames, (0, math.ceil(x.shape[-1]/32)), value=1.)   # a white gap
-        return show_image(torch.cat(list(frames.unbind(1)), dim=-1), ctx=ctx, **kwargs)
+        return show_image(torch.cat(list(frames.unbind(1)), dim=-1).permute(1,2,0).numpy(), ctx=ctx, **kwargs)
 
 # %% ../nbs/13_data.ipynb #728e226c
 @dataclass(frozen=True)
