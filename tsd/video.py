@@ -9,6 +9,7 @@ __all__ = ['ONE_THREAD', 'VideoError', 'encode', 'VideoInfo', 'probe', 'decode',
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+import re
 
 import av
 from torchvision.transforms.v2 import functional as TF
@@ -80,11 +81,14 @@ class VideoInfo:
     height:int # after rotation
     width:int # after rotation
     duration:float # seconds
+    container:str # FFmpeg's name of the file format
     codec:str # FFmpeg's name
     pix_fmt:str # FFmpeg's name of the pixel format
     header_frames:int # what the header claims; 0: nothing
     keyframes:int # frames stored whole
     discarded:int # packets which are decoded but not shown
+    seekable:bool # a decoder may start at any keyframe
+    interlaced:bool # a frame holds two half pictures
     rotation:int # degrees anticlockwise, from the tag
 
 # %% ../nbs/10_video.ipynb #77b16bb6
@@ -97,6 +101,24 @@ def _rgb(frame):
     "RGB array (H,W,3) of a PyAV frame, turned as its rotation tag says"
     return np.rot90(frame.to_ndarray(format='rgb24', **ONE_THREAD), _quarter_turns(frame))
 
+# %% ../nbs/10_video.ipynb #7be9b619
+def _units(data, n):
+    "First bytes of the units in an H.264 or HEVC packet; each stands behind its length in `n` bytes, or (n=0) behind a start code"
+    if not n: return [u[0] for u in re.split(b'\0\0\1', data)[1:] if u]
+    at, out = 0, []
+    while at+n < len(data):
+        out.append(data[at+n])
+        at += n + int.from_bytes(data[at:at+n], 'big')
+    return out
+
+# %% ../nbs/10_video.ipynb #1879f29c
+def _fresh(codec, header, packet):
+    "Whether decoding may start at keyframe `packet`: for H.264 and HEVC, whether it holds an IDR picture"
+    if codec in ('vp8', 'vp9', 'libdav1d', 'mjpeg'): return True
+    if codec not in ('h264', 'hevc'): return False
+    n = (header[4 if codec=='h264' else 21] & 3) + 1 if header and header[0] else 0
+    return any((u & 31) == 5 if codec=='h264' else (u>>1 & 63) in (19,20) for u in _units(bytes(packet), n))
+
 # %% ../nbs/10_video.ipynb #3191f5d7
 def _rate(stream, times):
     "Mean frames a second of sorted time stamps, the header's word where there is only one"
@@ -107,20 +129,23 @@ def _rate(stream, times):
 @lru_cache(maxsize=2**16)
 def _probe(path, stamp):
     "`probe` of the file as it was at `stamp`: plain facts, safe to keep and to fork with, unlike an open reader"
-    first, times, keyframes, discarded = None, [], 0, 0
+    first, key, times, keyframes, discarded, seekable, fresh = None, None, [], 0, 0, True, False
     with _opened(path) as (box, stream):
+        ctx = stream.codec_context
         for p in box.demux(stream):
             if first is None: first = next(iter(p.decode()), None)
             if not p.size: continue # the empty packet at the end
             discarded += p.is_discard
             if p.is_discard: continue
-            keyframes += p.is_keyframe
             times.append(p.dts if p.pts is None else p.pts)
+            keyframes += p.is_keyframe
+            if p.is_keyframe: key, fresh = p.pts, _fresh(ctx.name, ctx.extradata, p)
+            seekable &= fresh and None not in (key, p.pts) and p.pts >= key
         if first is None: raise VideoError(path, 'no frame of it can be decoded: fetch it again')
         fps = _rate(stream, sorted(t for t in times if t is not None))
         h,w,_ = _rgb(first).shape
-        return VideoInfo(str(path), len(times), fps, h, w, len(times)/fps, stream.codec_context.name, first.format.name,
-                         stream.frames, keyframes, discarded, _quarter_turns(first)*90)
+        return VideoInfo(str(path), len(times), fps, h, w, len(times)/fps, box.format.name, ctx.name, first.format.name,
+                         stream.frames, keyframes, discarded, seekable, first.interlaced_frame, _quarter_turns(first)*90)
 
 # %% ../nbs/10_video.ipynb #2c68cfed
 def probe(
@@ -152,9 +177,12 @@ def _short(info, wanted, out, seen, why):
 # %% ../nbs/10_video.ipynb #fee09430
 def _decord_misreads(info):
     "Why decord should not read this video, or an empty string"
-    if info.discarded: return 'it shows frames marked as discarded'
     rows = info.width if info.rotation % 180 else info.height # as stored
-    if rows%2: return 'it blurs the colours where the number of rows is odd'
+    if info.container not in ('mov,mp4,m4a,3gp,3g2,mj2', 'matroska,webm'): return 'in this file format it counts frames differently'
+    if not info.seekable: return 'after a keyframe that may not start afresh it miscounts'
+    if info.discarded: return 'it shows frames marked as discarded'
+    if info.interlaced: return 'it mixes the colours of the half pictures'
+    if rows % 2: return 'it blurs the colours where the number of rows is odd'
     if info.width < 64: return 'it can trip over the padding of rows under 64 pixels'
     if any(c.bits > 8 for c in av.VideoFormat(info.pix_fmt).components): return 'it rounds samples of more than 8 bits differently'
     return ''
