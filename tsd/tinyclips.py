@@ -67,7 +67,7 @@ def backdrop(
     top, left = rng.integers(427-ch+1), rng.integers(640-cw+1)
     part = TF.resize(photo[:,top:top+ch,left:left+cw], [h,w], antialias=True)
     if rng.random() < .5: part = part.flip(-1)
-    gain, shift = rng.uniform(.5, 1.)*rng.uniform(.85, 1.15, 3), rng.uniform(-.15, .15)
+    gain, shift = rng.uniform(.5, 1.)*rng.uniform(.85, 1.15, 3), rng.uniform(-.25, .05)
     part = ((part - .5)*_col(gain) + .5 + shift).clamp(0, 1)
     start, end = rng.uniform(-margin, margin, (2,2))
     return warp(part, _path(start, end, frames), torch.tensor([[w,h]]).float().expand(frames,-1), torch.zeros(frames), height, width)
@@ -90,9 +90,7 @@ def lay_digit(
 )->np.ndarray: # uint8 (T,H,W,3)
     "Paint a digit over each frame of a backdrop"
     _,_,h,w = ground.shape
-    level = float(ground.mean())
-    light = level < rng.uniform(.35, .65)
-    colour = np.clip(level + (1 if light else -1)*rng.uniform(.3, .5) + rng.normal(0, .12, 3), 0, 1)
+    colour = np.clip(float(ground.mean()) + rng.uniform(.35, .55) + rng.normal(0, .12, 3), 0, 1)
     ink = warp(_digits()[0][digit][None], centre, size[:,None].expand(-1,2), angle, h, w)
     ink = (1.6*ink).clamp(0, 1)*rng.uniform(.75, 1)
     return ((ground*(1-ink) + _col(colour)*ink)*255).round().byte().permute(0,2,3,1).contiguous().numpy()
@@ -184,10 +182,12 @@ def _map(f, jobs, workers):
     with multiprocessing.get_context(how).Pool(workers, _one_thread) as pool: yield from pool.imap(f, jobs, chunksize=16)
 
 # %% ../nbs/14_tinyclips.ipynb #0f36ec90
-def _settings(kind, n_train, n_test, seed, size):
+def _settings(kind, n_train, n_test, seed, size, workers):
     "What a set is made from, refused where it makes no sense"
     if kind not in CLASSES: raise ValueError(f"kind is {kind!r}: it must be 'scene' or 'motion'")
     k = len(CLASSES[kind])
+    for name,n in (('seed',seed), ('workers',workers)):
+        if n < 0: raise ValueError(f'{name} is {n}: it must not be negative')
     for name,n in (('n_train',n_train), ('n_test',n_test)):
         if n < k: raise ValueError(f'{name} is {n}: {kind!r} has {k} classes, so make at least {k} clips')
     if size['frames'] < 2: raise ValueError(f"frames is {size['frames']}: a clip needs at least 2")
@@ -196,6 +196,12 @@ def _settings(kind, n_train, n_test, seed, size):
     first = hashlib.sha1(_frames(kind, seed, 'train', 0, **size)[-1]).hexdigest()
     return dict(kind=kind, n_train=n_train, n_test=n_test, seed=seed, **size, first_clip=first)
 
+# %% ../nbs/14_tinyclips.ipynb #22303d6e
+def _complete(root):
+    "Whether every file that the annotation names is there"
+    csv = root/'clips.csv'
+    return csv.exists() and all((root/p).exists() for p in pd.read_csv(csv).path)
+
 # %% ../nbs/14_tinyclips.ipynb #7986fc29
 def _ready(root, settings, overwrite):
     "True where `root` holds the finished set; else clears the way for it"
@@ -203,11 +209,11 @@ def _ready(root, settings, overwrite):
     old = json.loads(note.read_text()) if note.exists() else None
     if old is None and root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise FileExistsError(f'{root} holds something else than generated clips: name an empty folder')
-    if old == dict(settings, done=True) and not overwrite: return True
-    if old and old['done'] and not overwrite:
+    if old == dict(settings, done=True) and not overwrite and _complete(root): return True
+    if old and old != dict(settings, done=old['done']) and not overwrite:
         raise FileExistsError(f"{root} holds clips made with other settings, {old}: name another folder, or overwrite=True")
     if old: shutil.rmtree(root)
-    root.mkdir(parents=True)
+    root.mkdir(parents=True, exist_ok=True)
     note.write_text(json.dumps(dict(settings, done=False)))
     return False
 
@@ -226,12 +232,12 @@ def make_tinyclips(
 )->Path: # of clips.csv, with columns path, label, group (the digit image) and split
     "Write a small set of H.264 clips in class-named folders, with its annotation; a finished set is reused"
     root, size = Path(path), dict(frames=frames, height=height, width=width)
-    settings = _settings(kind, n_train, n_test, seed, size)
+    workers = os.cpu_count() if workers is None else workers
+    settings = _settings(kind, n_train, n_test, seed, size, workers)
     if _ready(root, settings, overwrite): return root/'clips.csv'
     for name in CLASSES[kind]: (root/name).mkdir()
     jobs = [(split,i) for split,n in (('train',n_train), ('test',n_test)) for i in range(n)]
-    workers = min(os.cpu_count() if workers is None else workers, len(jobs)//32 + 1)
-    rows = _map(partial(_write, root=root, kind=kind, seed=seed, size=size), jobs, workers)
+    rows = _map(partial(_write, root=root, kind=kind, seed=seed, size=size), jobs, min(workers, len(jobs)//32 + 1))
     pd.DataFrame(tqdm(rows, desc=f'{kind} clips', total=len(jobs))).to_csv(root/'clips.csv', index=False)
     (root/'tinyclips.json').write_text(json.dumps(dict(settings, done=True)))
     return root/'clips.csv'
