@@ -47,23 +47,21 @@ def run(path):
     write_nb(raw, path)
 
 def render_readme(path=NBS/'index.ipynb'):
-    "Markdown of the index notebook: prose, shown code, text and table outputs; hidden cells left out"
-    from nbconvert import MarkdownExporter
-    from nbformat import from_dict
-    nb = read_nb(path)
+    "Markdown of the index notebook: prose, shown code, text and table outputs; hidden cells left out, links made right for the top folder"
     keep = []
-    for c in nb.cells:
-        if re.search(r'^#\|\s*hide\s*$', c.source, re.M): continue
-        c['source'] = re.sub(r'^#\|.*\n?', '', c.source, flags=re.M)
-        for o in c.get('outputs', []):
-            data = o.get('data', {})
-            if 'text/markdown' in data: o['data'] = {'text/markdown': data['text/markdown']}
-            elif 'text/html' in data and 'text/plain' in data: del data['text/html']
-        keep.append(c)
-    nb['cells'] = keep
-    body, _ = MarkdownExporter().from_notebook_node(from_dict(nb))
-    note = '<!-- Rendered from nbs/index.ipynb by `python tests/notebooks.py readme`: edit the notebook. -->\n\n'
-    return note + re.sub(r'\n{3,}', '\n\n', body).strip() + '\n'
+    for c in read_nb(path).cells:
+        flags = re.findall(r'^#\|\s*(.+?)\s*$', c.source, re.M)
+        if 'hide' in flags: continue
+        if c.cell_type == 'markdown': keep.append(re.sub(r'\]\((\w+\.ipynb)\)', r'](nbs/\1)', c.source))
+        else:
+            code = re.sub(r'^#\|.*\n?', '', c.source, flags=re.M).strip()
+            if 'echo: false' not in flags: keep.append(f'```python\n{code}\n```')
+            for o in c.get('outputs', []):
+                data = o.get('data', {})
+                text = ''.join(data.get('text/markdown', [])) or '```\n' + ''.join(data.get('text/plain', o.get('text', []))).strip() + '\n```'
+                keep.append(text)
+    note = '<!-- Rendered from nbs/index.ipynb by `python tests/notebooks.py readme`: edit the notebook. -->'
+    return '\n\n'.join([note, *(o.strip() for o in keep)]) + '\n'
 
 def out_of_step():
     "What is not in step in the working tree, a line each: dirty notebooks, stale or orphaned modules, an old README"

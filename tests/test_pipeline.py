@@ -1,0 +1,84 @@
+"The command line from clips to run folder, on generated and on real clips, and what it says of bad input."
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+INTERFACE = dict(
+    mhca='head_centres patch_positions dense_bias fold_bias MHCA', student='VideoViT', aligner='Aligner fad_loss', fpld='fpld_loss FPLDBranches',
+    distill='kd_loss stage_loss Distill', teachers='prepare_teacher load_teacher', sampling='dense_indices uniform_indices view_indices',
+    video='probe decode check VideoError VideoInfo Check', augment='MultiScaleCrop VideoMixup three_crops', data='VideoDataLoaders',
+    tinyclips='make_tinyclips', schedule='Stage TwoStage', learner='two_stage_learner', finetune='finetune_learner', evaluate='test_views predict',
+    checkpoints='save_student load_student', plots='plot_history plot_results', paper='paper_tables RECIPE ledger')
+TINY = ('--frames 4 --embed-dim 48 --num-heads 3 --cnn-epochs 1 --vit-epochs 1 --stage1-epochs 1 --stage2-epochs 1 --finetune-epochs 1 --bs 10 --clips 2').split()
+SMALL = '--teacher-clips 40 --student-clips 20 --test-clips 20'.split()
+
+def tsd(*words, cwd, **kw):
+    return subprocess.run([Path(sys.executable).with_name('tsd'), *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=300, **kw)
+
+@pytest.mark.parametrize('module', INTERFACE)
+def test_interface_names(module):
+    mod = importlib.import_module(f'tsd.{module}')
+    for name in INTERFACE[module].split(): assert hasattr(mod, name), f'tsd.{module} lacks {name}'
+
+def test_star_import_brings_the_interface():
+    scope = {}
+    exec('from tsd.all import *', scope)
+    for name in 'VideoDataLoaders prepare_teacher load_teacher two_stage_learner finetune_learner predict test_views MHCA Learner'.split(): assert name in scope, name
+
+@pytest.mark.parametrize('variant', [['--distill', 'fad'], ['--distill', 'fpld', '--kind', 'motion']])
+def test_demo_fills_a_run_folder(tmp_path, variant):
+    done = tsd('demo', *TINY, *SMALL, *variant, '--out', 'run', cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert 'student after fine-tuning' in done.stdout
+    run = tmp_path/'run'
+    res = pd.read_csv(run/'results.csv')
+    assert len(res) == 6 and res.top1.between(0, 1).all() and (res.n == 20).all() and (res.expected == 20).all()
+    assert json.loads((run/'config.json').read_text())['distill'] == variant[1]
+    assert {'torch', 'timm', 'commit', 'command'} <= set(json.loads((run/'versions.json').read_text()))
+    stages = list(pd.read_csv(run/'history.csv').stage.unique())
+    assert stages == ['finetune', 'stage1', 'stage2']
+    for f in ('history.png', 'results.png'): assert (run/f).read_bytes()[:4] == b'\x89PNG'
+    from tsd.checkpoints import load_student
+    student, about = load_student(run/'student.safetensors')
+    assert len(about['vocab']) == student.num_classes
+    assert not [k for k in student.state_dict() if 'aligner' in k or 'branch' in k or 'teacher' in k]
+
+def test_demo_on_real_clips(tmp_path, shared):
+    df = pd.read_csv(shared/'clips'/'ucf5'/'clips.csv')
+    few = pd.concat([g.groupby('label').head(n) for (_, g), n in zip(df.groupby('split'), (2, 4))])
+    few.assign(path=[str(shared.resolve()/'clips'/'ucf5'/p) for p in few.path]).to_csv(tmp_path/'few.csv', index=False)
+    weights = shared/'weights'/'mobilenetv2_100.tf_in1k.safetensors'
+    done = tsd('demo', '--data', 'few.csv', '--cnn', 'mobilenetv2_100', '--cnn-weights', weights.resolve(), '--cnn-options', 'pad_type=same mean=0.5 std=0.5',
+               *TINY, '--bs', 5, '--views', 1, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    res = pd.read_csv(tmp_path/'runs'/'demo'/'results.csv')
+    assert (res.n == 10).all() and res.top1[0] > .3        # five classes: features of ImageNet are worth something
+
+@pytest.mark.parametrize('words, said', [
+    (['--data', 'absent.csv'], 'absent.csv'), (['--data', 'empty.csv'], 'empty.csv'), (['--data', 'unknown.csv'], 'dog'), (['--data', 'one.csv'], 'only one class'),
+    (['--data', 'broken.csv'], 'broken.mp4'), (['--size', '30'], '= 30'), (['--cnn', 'resnet1O1'], 'resnet101'),
+    (['--cnn', 'resnet18', '--cnn-weights', 'absent.pth'], 'absent.pth'), (['--cnn-weights', 'absent.pth'], '--cnn'), (['--kind', 'sport'], 'sport'), (['--embed-dim', '50'], 'embed_dim = 50')])
+def test_bad_input_is_one_clear_line(tmp_path, monkeypatch, capsys, words, said):
+    from tsd.cli import main
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'empty.csv').write_text('path,label,split\n')
+    for i in range(4): (tmp_path/f'broken{i or ""}.mp4').write_bytes(b'not a video')
+    row = 'broken{}.mp4,{},{}\n'.format
+    (tmp_path/'unknown.csv').write_text('path,label,split\n' + row('', 'cat', 'train') + row(1, 'cow', 'train') + row(2, 'dog', 'test'))
+    (tmp_path/'one.csv').write_text('path,label,split\n' + row('', 'cat', 'train') + row(1, 'cat', 'train') + row(2, 'cat', 'test'))
+    (tmp_path/'broken.csv').write_text('path,label,split\n' + row('', 'cat', 'train') + row('', 'cow', 'train') + row('', 'cow', 'test'))
+    assert main(['demo', *SMALL, *words, '--bs', '2']) == 1
+    err = capsys.readouterr().err
+    assert said in err and 'Traceback' not in err, err
+
+def test_the_command_itself(tmp_path):
+    done = tsd('demo', '--data', 'absent.csv', cwd=tmp_path)
+    assert done.returncode == 1 and 'absent.csv' in done.stderr and 'Traceback' not in done.stderr
+    assert tsd('--traceback', 'demo', '--data', 'absent.csv', cwd=tmp_path).stderr.count('Traceback') == 1
+    done = tsd('demo', '--help', cwd=tmp_path)
+    assert done.returncode == 0 and '--stage1-epochs' in done.stdout

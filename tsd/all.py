@@ -1,0 +1,23 @@
+"Everything a user of tsd needs: `from tsd.all import *`"
+from fastai.callback.all import *
+from fastai.learner import *
+from fastai.metrics import accuracy, top_k_accuracy
+from fastai.torch_core import set_seed
+
+from .mhca import *
+from .student import *
+from .teachers import *
+from .checkpoints import *
+from .aligner import *
+from .fpld import *
+from .video import *
+from .sampling import *
+from .augment import *
+from .data import *
+from .tinyclips import *
+from .distill import *
+from .schedule import *
+from .learner import *
+from .finetune import *
+from .evaluate import *
+from .plots import *
