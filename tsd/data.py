@@ -16,6 +16,7 @@ from dataclasses import dataclass
 # %% ../nbs/13_data.ipynb #155c8237
 from fastai.torch_core import TensorBase, default_device, show_image
 from fastai.data.core import DataLoaders, TfmdDL, show_batch, show_results
+from fastai.data.load import fa_collate
 from fastai.data.transforms import Category, CategoryMap
 from fastai.losses import CrossEntropyLossFlat
 from fasttransform import DisplayedTransform
@@ -282,7 +283,9 @@ class ClipNormalize(DisplayedTransform):
     def __init__(self, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD):
         self.mean,self.std = [torch.tensor(o).view(1,-1,1,1,1) for o in (mean,std)]
 
-    def encodes(self, x:VideoClip): return (x.float().sub_(255*self.mean)).div_(255*self.std)
+    def encodes(self, x:VideoClip):
+        x = x.to(torch.float32, memory_format=torch.contiguous_format)
+        return x.sub_(255*self.mean).div_(255*self.std)
     def decodes(self, x:VideoClip): return x*self.std + self.mean
 
 # %% ../nbs/13_data.ipynb #78dd1fa9
@@ -297,6 +300,10 @@ class VideoDL(TfmdDL):
 
     def shuffle_fn(self, idxs):
         with keyed_rng(self.dataset.seed, self.dataset.epoch, len(self.dataset)) as rng: return rng.permutation(idxs).tolist()
+
+    def create_batch(self, samples):
+        x = torch.stack([o[0].as_subclass(Tensor).permute(1,2,3,0) for o in samples])   # (B,T,H,W,C), as decoded frames lie in memory
+        return (VideoClip(x.permute(0,4,1,2,3)), *fa_collate([o[1:] for o in samples]))
 
     def one_batch(self):
         ds,timeout = self.dataset,self.fake_l.timeout
