@@ -44,8 +44,8 @@ def parser():
             opt,kind = '--'+f.name.replace('_','-'),{'int':int,'float':float}.get(getattr(f.type, '__name__', f.type), str)
             default = f.default if f.name != 'cnn_options' else 'output_stride=8 without --data'
             p.add_argument(opt, type=options if f.name == 'cnn_options' else kind, default=None, metavar=f.name.upper(), help=f'{notes.get(f.name, "")} (default {default})')
-        p.add_argument('--clips', type=int, default=3, help='clips a video in the multi-view test (default 3)')
-        p.add_argument('--crops', type=int, default=3, choices=(1,3), help='crops a clip in the multi-view test (default 3)')
+        p.add_argument('--clips', type=int, default=None, help='clips a video in the multi-view test (default 1; 3 with --data)')
+        p.add_argument('--crops', type=int, default=None, choices=(1,3), help='crops a clip in the multi-view test (default 3)')
     d = sub.add_parser('demo', help='the whole method once: teachers, both stages, fine-tuning, test, table and figures')
     settings(d)
     d.add_argument('--seed', type=int, default=0, help='of the student (default 0)')
@@ -66,7 +66,8 @@ def resolve(
     if given.get('cnn_weights') and not given.get('cnn'): raise ValueError('--cnn-weights needs --cnn, the timm name of the network they belong to')
     if given.get('data') and not given.get('cnn_weights'):
         given = {'cnn_epochs': 8, 'views': 0, **given}                            # no pretrained trunk to remember
-    s = Settings(**{**(REAL if given.get('data') else {}), **given, 'test': (args.clips, args.crops)})
+    s = Settings(**{**(REAL if given.get('data') else {}), **given})
+    s.test = (args.clips or s.test[0], args.crops or s.test[1])
     s.views = s.views or None
     return s
 

@@ -67,7 +67,7 @@ def backdrop(
     top, left = rng.integers(427-ch+1), rng.integers(640-cw+1)
     part = TF.resize(photo[:,top:top+ch,left:left+cw], [h,w], antialias=True)
     if rng.random() < .5: part = part.flip(-1)
-    gain, shift = rng.uniform(.5, 1.)*rng.uniform(.85, 1.15, 3), rng.uniform(-.25, .05)
+    gain, shift = rng.uniform(.35, .75)*rng.uniform(.85, 1.15, 3), rng.uniform(-.3, -.1)
     part = ((part - .5)*_col(gain) + .5 + shift).clamp(0, 1)
     start, end = rng.uniform(-margin, margin, (2,2))
     return warp(part, _path(start, end, frames), torch.tensor([[w,h]]).float().expand(frames,-1), torch.zeros(frames), height, width)
@@ -90,7 +90,7 @@ def lay_digit(
 )->np.ndarray: # uint8 (T,H,W,3)
     "Paint a digit over each frame of a backdrop"
     _,_,h,w = ground.shape
-    colour = np.clip(float(ground.mean()) + rng.uniform(.35, .55) + rng.normal(0, .12, 3), 0, 1)
+    colour = np.clip(float(ground.mean()) + rng.uniform(.4, .65) + rng.normal(0, .1, 3), 0, 1)
     ink = warp(_digits()[0][digit][None], centre, size[:,None].expand(-1,2), angle, h, w)
     ink = (1.6*ink).clamp(0, 1)*rng.uniform(.75, 1)
     return ((ground*(1-ink) + _col(colour)*ink)*255).round().byte().permute(0,2,3,1).contiguous().numpy()
@@ -128,8 +128,8 @@ def scene_clip(
     "A digit drifting over a photograph: the class is which digit"
     digit = draw_digit(rng, split, _class('scene', label))
     ground = backdrop(rng, frames, height, width)
-    size, tilt, rock = height*rng.uniform(.39, .56), rng.uniform(-.35, .35), rng.uniform(-.15, .15)
-    start, end = rng.uniform(-1, 1, (2,2))*_room(size, height, width)
+    size, tilt, rock = height*rng.uniform(.55, .75), rng.uniform(-.2, .2), rng.uniform(-.1, .1)
+    start, end = rng.uniform(-.7, .7, (2,2))*_room(size, height, width)
     return lay_digit(ground, digit, rng, _path(start, end, frames), _path(size, size, frames), _path(tilt-rock, tilt+rock, frames))
 
 # %% ../nbs/14_tinyclips.ipynb #b77cb33f
