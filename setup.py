@@ -18,4 +18,6 @@ setup(
     install_requires=shlex.split(cfg['requirements']),
     extras_require={'dev': shlex.split(cfg['dev_requirements'])},
     entry_points={'console_scripts': cfg['console_scripts'].split()},
+    classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Science/Research', 'Programming Language :: Python :: 3',
+                 'License :: OSI Approved :: Apache Software License', 'Operating System :: OS Independent'],
 )
