@@ -143,7 +143,7 @@ def sound(path, cover=False):
         if cover:
             c = box.add_stream('mjpeg', rate=1)
             c.width, c.height, c.pix_fmt = 32, 32, 'yuvj420p'
-            c.disposition = int(av.stream.Disposition.attached_pic)
+            c.disposition = av.stream.Disposition.attached_pic.value
             for p in (*c.encode(av.VideoFrame.from_ndarray(np.zeros((32,32,3), np.uint8), format='rgb24')), *c.encode()): box.mux(p)
         f = av.AudioFrame.from_ndarray(np.zeros((1,44100), np.float32), format='fltp', layout='mono')
         f.rate = 44100

@@ -91,15 +91,12 @@ class VideoInfo:
     interlaced:bool # a frame holds two half pictures
     rotation:int # degrees anticlockwise, from the tag
 
-# %% ../nbs/10_video.ipynb #77b16bb6
-_ONE_THREAD = dict(threads=1) if int(av.__version__.split('.')[0]) >= 17 else {} # newer PyAV would start threads to convert a frame: dearer than the work
-
 # %% ../nbs/10_video.ipynb #052863dc
 def _quarter_turns(frame): return round(frame.rotation/90) % 4
 
 def _rgb(frame):
     "RGB array (H,W,3) of a PyAV frame, turned as its rotation tag says"
-    return np.rot90(frame.to_ndarray(format='rgb24', **_ONE_THREAD), _quarter_turns(frame))
+    return np.rot90(frame.to_ndarray(format='rgb24', threads=1), _quarter_turns(frame))
 
 # %% ../nbs/10_video.ipynb #580a5144
 def _packets(box, stream):
