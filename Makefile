@@ -10,7 +10,7 @@ demo: .venv/.base
 
 test: .venv/.dev
 	$(BIN)/python tests/notebooks.py check
-	timeout 1200 $(BIN)/nbdev_test --n_workers 1 --do_print --file_glob '*.ipynb'
+	timeout 1500 $(BIN)/python tests/notebooks.py test
 	timeout 1200 $(BIN)/python -m pytest tests
 
 # export, execute and clean every notebook, then render README.md: what to do after editing them

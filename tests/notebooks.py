@@ -1,10 +1,12 @@
-"""Tools for the notebooks: `run` re-executes and cleans them, `readme` renders README.md, `check` proves that the tree is in step.
+"""Tools for the notebooks: `run` re-executes and cleans them, `readme` renders README.md, `test` and prove that they pass and that the tree is in step.
 
     python tests/notebooks.py run nbs/01_mhca.ipynb …   # execute in place, keep outputs, clean
     python tests/notebooks.py readme                    # README.md from nbs/index.ipynb
+    python tests/notebooks.py test                      # `nbdev_test` of every notebook, each in a process of its own, as many at once as there are cores
     python tests/notebooks.py check                     # clean, exported, README current; exits 1 and names what is not
 """
-import filecmp, os, re, shutil, subprocess, sys, tempfile
+import filecmp, os, re, shutil, subprocess, sys, tempfile, time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from execnb.nbio import read_nb, write_nb
@@ -84,6 +86,16 @@ def out_of_step():
     if (ROOT/'README.md').read_text(encoding='utf-8') != render_readme(): bad.append('README.md is old: run python tests/notebooks.py readme')
     return bad
 
+def test(path):
+    "Run `nbdev_test` on one notebook; True where it passed. One process each: patches that one notebook's imports make do not reach the next"
+    cmd,start = [Path(sys.executable).parent/'nbdev_test', '--path', str(path.relative_to(ROOT)), '--n_workers', '0'],time.time()
+    try: done = subprocess.run(cmd, cwd=ROOT, capture_output=True, text=True, timeout=600, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    except subprocess.TimeoutExpired: print(f'FAILED {path.name}: not done after 600 s', flush=True); return False
+    ok = done.returncode == 0 and 'Success.' in done.stdout
+    print(f'{"passed" if ok else "FAILED"} {path.name} ({time.time()-start:.0f} s)' + ('' if ok else '\n' + done.stdout + done.stderr), flush=True)
+    return ok
+test.__test__ = False
+
 if __name__ == '__main__':
     os.chdir(ROOT)
     cmd, *args = sys.argv[1:] or ['']
@@ -92,6 +104,10 @@ if __name__ == '__main__':
             subprocess.run([sys.executable, __file__, '_run', a], check=True) if len(args) > 1 else run(a)
             print('ran', a)
     elif cmd == '_run': run(*args)
+    elif cmd == 'test':
+        with ThreadPoolExecutor(os.cpu_count()) as pool: passed = list(pool.map(test, notebooks()))
+        print(f'notebooks: {sum(passed)} passed, {len(passed)-sum(passed)} failed')
+        sys.exit(not all(passed))
     elif cmd == 'readme': (ROOT/'README.md').write_text(render_readme(), encoding='utf-8')
     elif cmd == 'check':
         bad = out_of_step()
