@@ -3,6 +3,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -12,3 +13,11 @@ def shared():
     path = Path(os.environ.get('TSD_SHARED', ROOT.parent/'shared'))
     if not path.is_dir(): pytest.skip('no real clips here: set TSD_SHARED to their folder')
     return path
+
+@pytest.fixture
+def one_thread():
+    "Tensors and pictures as small as the tests' are handled faster by one thread, above all when the cores are busy"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -1,4 +1,4 @@
-"""Tools for the notebooks: `run` re-executes and cleans them, `readme` renders README.md, `test` and prove that they pass and that the tree is in step.
+"""Tools for the notebooks: `run` re-executes and cleans them, `readme` renders README.md, `test` and `check` prove that they pass and that the tree is in step.
 
     python tests/notebooks.py run nbs/01_mhca.ipynb …   # execute in place, keep outputs, clean
     python tests/notebooks.py readme                    # README.md from nbs/index.ipynb

@@ -11,13 +11,7 @@ from tsd.fpld import FPLDBranches, fpld_loss, fpld_sum
 from tsd.mhca import MHCA, dense_bias, fold_bias, head_centres, patch_positions
 from tsd.paper import paper_tables
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    "Tiny tensors are slower on many threads"
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 def layer(grid, n_prefix=0, dim=96, heads=3, **kwargs):
     "An MHCA with random widths and centres"

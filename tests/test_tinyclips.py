@@ -14,13 +14,7 @@ SIZE  = dict(frames=16, height=36, width=48)
 SMALL = dict(n_train=16, n_test=16, frames=4, height=16, width=24)
 MAKE  = dict(scene=scene_clip, motion=motion_clip)
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    "Pictures this small are drawn faster by one thread, above all when the cores are busy"
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 def digest(kind, seed, n=10, **size): return [hashlib.sha1(_frames(kind, seed, 'train', i, **(SIZE|size))[-1]).hexdigest() for i in range(n)]
 

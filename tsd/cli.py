@@ -6,7 +6,7 @@
 __all__ = ['options', 'parser', 'resolve', 'main']
 
 # %% ../nbs/50_cli.ipynb #addba571
-import argparse, json, shlex
+import argparse, shlex
 from dataclasses import fields
 
 from .imports import *

@@ -20,8 +20,7 @@ from timm.optim import param_groups_weight_decay
 from .imports import *
 from .distill import Distill, DistillModel
 from .schedule import Stage, TwoStage, warmup_cosine
-from .student import VideoViT
-from .teachers import Teacher, VideoMAEViT, check_teacher
+from .teachers import check_teacher
 
 # %% ../nbs/22_learner.ipynb #c6348814
 def adamw(

@@ -8,7 +8,7 @@ __all__ = ['Stage', 'warmup_cosine', 'TwoStage']
 # %% ../nbs/21_schedule.ipynb #93465fc0
 from dataclasses import dataclass
 from fastai.callback.core import Callback
-from fastai.callback.schedule import ParamScheduler, SchedCos, SchedLin, combine_scheds
+from fastai.callback.schedule import SchedCos, SchedLin, combine_scheds
 
 from .imports import *
 from .distill import DistillModel, Distill, FadHead, FpldHead

@@ -7,8 +7,6 @@ __all__ = ['default_cfgs', 'Tubelet', 'sinusoid', 'position_code', 'VideoViT', '
            'tsd_vit_small_patch16_224', 'tsd_vit_base_patch16_224']
 
 # %% ../nbs/02_student.ipynb #71c93eb2
-from functools import lru_cache
-from timm.layers import Attention
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint, checkpoint_seq

@@ -13,12 +13,12 @@ import timm
 import fastai.callback.schedule  # Learner.fit_one_cycle
 from fastai.learner import Learner
 from fastai.metrics import accuracy
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import Block
 from tqdm import tqdm
 
 from .imports import *
+from .checkpoints import read_tagged
 from .student import VideoViT, fold_frames, sinusoid
 
 # %% ../nbs/03_teachers.ipynb #9f375dda
@@ -282,18 +282,12 @@ def save_teacher(
 def load_teacher(
     path,   # .safetensors file written by `save_teacher`
     **kwargs): # of `Teacher`, such as `memo`
-    "The `Teacher` stored at `path`; ValueError where the file is something else or has no head"
-    path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f'teacher file {path} does not exist')
-    try:
-        with safe_open(path, 'pt') as f: meta = f.metadata() or {}
-    except Exception as e: raise ValueError(f'{path} is not a safetensors file ({e})') from e
-    if 'tsd_teacher' not in meta: raise ValueError(f'{path} was not written by save_teacher: build the network, load its weights and pass it to prepare_teacher or Teacher')
-    about = json.loads(meta['tsd_teacher'])
+    "The `Teacher` stored at `path`; ValueError where it has no head; other errors as `read_tagged`"
+    state,about = read_tagged(path, 'teacher')
     if not about['num_classes']: raise ValueError(f'{path} holds a network without a head: stage 2 distils logits, so use a fine-tuned one')
     model = (VideoMAEViT(**about['config']) if about['kind'] == 'VideoMAEViT' else
              timm.create_model(about['kind'], num_classes=about['num_classes'], **about['config']))
-    model.load_state_dict(load_file(path))
+    model.load_state_dict(state)
     teacher = Teacher(model, about['mean'], about['std'], about['vocab'], **kwargs)
     teacher.top1 = about['top1']
     return teacher
