@@ -25,11 +25,11 @@ notebooks: .venv/.dev
 	touch $@
 
 .venv/.base: .venv/.uv settings.ini setup.py requirements.lock
-	$(BIN)/uv pip install --python $(BIN)/python -c requirements.lock -e .
+	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python -c requirements.lock -e .
 	touch $@
 
 .venv/.dev: .venv/.uv settings.ini setup.py requirements.lock
-	$(BIN)/uv pip install --python $(BIN)/python -c requirements.lock -e '.[dev]'
+	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python -c requirements.lock -e '.[dev]'
 	touch $@ .venv/.base
 
 clean:

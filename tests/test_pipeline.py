@@ -41,7 +41,7 @@ def test_demo_fills_a_run_folder(tmp_path, variant):
     assert json.loads((run/'config.json').read_text())['distill'] == variant[1]
     assert {'torch', 'timm', 'commit', 'command'} <= set(json.loads((run/'versions.json').read_text()))
     stages = list(pd.read_csv(run/'history.csv').stage.unique())
-    assert stages == ['finetune', 'stage1', 'stage2']
+    assert stages == ['stage1', 'stage2', 'finetune']
     for f in ('history.png', 'results.png'): assert (run/f).read_bytes()[:4] == b'\x89PNG'
     from tsd.checkpoints import load_student
     student, about = load_student(run/'student.safetensors')

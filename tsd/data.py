@@ -440,7 +440,7 @@ def test_dl(self:VideoDataLoaders,
     if isinstance(test_items, pd.DataFrame): test_items = map(VideoItem, test_items.path, test_items.label)
     items = [o if isinstance(o, VideoItem) else VideoItem(Path(o)) for o in test_items]
     dset = self.valid_ds.new_empty()
-    dset.items = items if with_labels else [VideoItem(o.path) for o in items]
+    dset.items,dset.cache = items if with_labels else [VideoItem(o.path) for o in items],self.valid_ds.cache
     return self.valid.new(dset, **kwargs)
 
 # %% ../nbs/13_data.ipynb #484e77ea

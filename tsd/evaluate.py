@@ -25,13 +25,16 @@ def video_views(
     clips=5,        # clips along time
     crops=3,        # 1 (middle) or 3 (along the long side)
     backend='auto', # of `decode`
+    cache=None,     # path → all its frames, as `VideoDataset.cache`
 ):
     "All views of a video as bytes (clips*crops,C,T,size,size), clip by clip, from one decode. VideoError where it cannot be read"
     if crops not in (1, 3): raise ValueError(f'crops = {crops} must be 1 or 3')
-    n = probe(path).frames
+    kept = (cache or {}).get(path)
+    n = probe(path).frames if kept is None else len(kept)
     idx = view_indices(n, sampling.frames, sampling.stride, clips, sampling.mode) if clips > 1 else sampling.indices(n)[None]   # (clips,T)
     wanted,where = np.unique(idx, return_inverse=True)
-    video = decode(path, wanted, backend, sampling.short_side).permute(0,3,1,2)                      # (F,C,H,W)
+    video = decode(path, wanted, backend, sampling.short_side) if kept is None else kept.index_select(0, torch.as_tensor(wanted))
+    video = video.permute(0,3,1,2)                                                                    # (F,C,H,W)
     crop = three_crops(video, sampling.size) if crops == 3 else centre_crop(video, sampling.size)[None]   # (crops,F,C,s,s)
     views = crop[:, torch.as_tensor(where.reshape(idx.shape))]                                        # (crops,clips,T,C,s,s)
     return views.transpose(0, 1).flatten(0, 1).transpose(1, 2)                                        # (V,C,T,s,s)
@@ -54,21 +57,23 @@ def test_views(
     items,        # `VideoItem`s with labels, such as `dls.valid_ds.items`
     clips=5,      # clips a video (5 for K400, 2 for SSv2)
     crops=3,      # crops a clip
-    sampling=None,# `Sampling`
-    vocab=None,   # class names, in the order of the logits
+    sampling=None,# `Sampling` of the training; needed
+    vocab=None,   # class names, in the order of the logits; needed
     norm=None,    # `ClipNormalize`; default ImageNet's
     bs=32,        # views in a batch
     workers=2,    # threads that decode
     device=None,  # default: where the model is
     strict=True,  # an unreadable video is an error; False: it is listed and counts as expected, not as evaluated
-    progress=True):
+    progress=True,
+    cache=None):  # frames that are in memory already, as `VideoDataset.cache`
     "Dict of top1, top5, expected, evaluated, unreadable, and `table`: path, label, pred and probability of every class, a row a video"
     if not len(items): raise ValueError('no videos to test on')
+    if sampling is None or vocab is None: raise ValueError('test_views needs the sampling and the class names (vocab) that the model was trained with; learn.test_views() knows them')
     names = {n:i for i,n in enumerate(vocab)}
     if unknown := sorted({o.label for o in items} - set(names)): raise ValueError(f"class '{unknown[0]}' of the videos is not one of the model's {len(names)} classes")
     norm,device = norm or ClipNormalize(),device or next(model.parameters()).device
     def load(o):
-        try: return video_views(o.path, sampling, clips, crops)
+        try: return video_views(o.path, sampling, clips, crops, cache=cache)
         except VideoError as e:
             if strict: raise
             return e
@@ -103,7 +108,7 @@ def test_views(self:Learner,
     **kwargs):# of `test_views`
     "Multi-view test of the Learner's student on the videos of a loader"
     ds = (self.dls.valid if dl is None else dl).dataset
-    return test_views(getattr(self, 'student', self.model), ds.items, clips, crops, ds.sampling, list(ds.vocab), self.dls.norm, **kwargs)
+    return test_views(getattr(self, 'student', self.model), ds.items, clips, crops, ds.sampling, list(ds.vocab), self.dls.norm, cache=ds.cache, **kwargs)
 
 # %% ../nbs/30_evaluate.ipynb #fe9f3ff7
 def predict(

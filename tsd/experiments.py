@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REAL', 'ARMS', 'Settings', 'Views', 'prepare_data', 'prepare_teachers', 'arm_stages', 'Snapshot', 'train_arm',
-           'study', 'teacher_views', 'summary', 'versions', 'demo', 'figures']
+           'study', 'teacher_views', 'multi_view', 'summary', 'versions', 'demo', 'figures']
 
 # %% ../nbs/40_experiments.ipynb #9dc60522
 import json, platform, subprocess, time
@@ -34,9 +34,10 @@ class Settings:
     "All that decides the result of `demo` and `study`"
     data:str=None              # CSV of the user's clips, may name environment variables; None: generated ones
     kind:str='scene'           # generated clips: 'scene' or 'motion'
-    teacher_clips:int=3000     # generated clips for the teachers
+    teacher_clips:int=2000     # generated clips for the teachers
     student_clips:int=500      # generated clips for the student, others than the teachers'
     test_clips:int=500         # generated clips for testing
+    watch_clips:int=100        # of the test clips, looked at after each epoch of a student; nothing is chosen by them
     frames:int=8               # T
     stride:int=2               # video frames from one clip frame to the next
     size:int=32                # side of the input, pixels
@@ -55,9 +56,9 @@ class Settings:
     beta:float=1.              # its weight
     T:float=1.                 # temperature
     frame_stride:int=4         # stage 1 uses every n-th frame
-    stage1_epochs:int=10
-    stage2_epochs:int=30
-    finetune_epochs:int=10
+    stage1_epochs:int=8
+    stage2_epochs:int=26
+    finetune_epochs:int=6
     lr:float=2e-3              # of both stages
     finetune_lr:float=3e-4
     views:int=None             # number of augmented views of a clip; None: a new one each epoch
@@ -87,16 +88,17 @@ class Views(Callback):
 def prepare_data(
     s,    # `Settings`
     out): # folder for generated clips
-    "Loaders of the teachers' and of the student's clips, with the same test clips; one and the same loaders for a user's CSV"
+    "Loaders of the teachers' and of the student's clips, with the same `test` clips; the student's `valid` has a few of them"
+    def watch(dls): return VideoDataLoaders(dls.train, dls.test_dl(dls.valid_ds.items[::max(1, len(dls.valid_ds)//s.watch_clips)], with_labels=True), dls.valid)
     kw = dict(frames=s.frames, stride=s.stride, size=s.size, seed=0, cache=True)
     if s.data is not None:
         dls = VideoDataLoaders.from_csv(os.path.expandvars(s.data), bs=s.bs, **kw)
-        return dls,dls
+        return dls,watch(dls)
     csv = make_tinyclips(Path(out)/f'clips_{s.kind}', s.kind, n_train=s.teacher_clips+s.student_clips, n_test=s.test_clips, seed=0)
     df = read_annotations(csv)
     train,test = (df[df.split == k] for k in ('train', 'test'))
     teachers = VideoDataLoaders.from_df(pd.concat([train[:s.teacher_clips], test]), csv.parent, bs=s.bs, **kw)
-    return teachers, VideoDataLoaders.from_df(pd.concat([train[s.teacher_clips:], test]), csv.parent, bs=s.bs, **kw)
+    return teachers, watch(VideoDataLoaders.from_df(pd.concat([train[s.teacher_clips:], test]), csv.parent, bs=s.bs, **kw))
 
 # %% ../nbs/40_experiments.ipynb #88704c30
 def prepare_teachers(
@@ -170,14 +172,14 @@ def study(
     steps = len(dls.train)*(s.stage1_epochs + s.stage2_epochs)
     def record(model, seed, top1):
         nonlocal rows
-        rows = pd.concat([rows, pd.DataFrame([dict(model=model, seed=seed, top1=round(top1, 4), n=len(dls.valid_ds), steps=steps, settings=key, command=command)])], ignore_index=True)
+        rows = pd.concat([rows, pd.DataFrame([dict(model=model, seed=seed, top1=round(top1, 4), n=len(dls.test.dataset), steps=steps, settings=key, command=command)])], ignore_index=True)
         rows.to_csv(out, index=False)
     for name,t in (('cnn teacher', cnn), ('transformer teacher', vit)):
         if not (rows.model == name).any(): record(name, 0, teacher_views(t, dls, s)['top1'])
     for arm,seed in todo:
         start = time.time()
         learn,_ = train_arm(arm, s, dls, cnn, vit, seed, bar=sys.stdout.isatty())
-        record(arm, seed, learn.test_views(*s.test, progress=False)['top1'])
+        record(arm, seed, learn.test_views(*s.test, dls.test, progress=False)['top1'])
         print(f'{arm} seed {seed}: top-1 {rows.top1.iloc[-1]:.1%} ({(time.time()-start)/60:.1f} min)', flush=True)
     return rows
 
@@ -189,7 +191,12 @@ class _ClipModel(nn.Module):
 
 def teacher_views(teacher, dls, s):
     "Multi-view test of a teacher on the test clips"
-    return test_views(_ClipModel(teacher, dls), dls.valid_ds.items, *s.test, dls.valid_ds.sampling, list(dls.vocab), dls.norm, progress=False, device='cpu')
+    return multi_view(_ClipModel(teacher, dls).to(dls.device), dls, s)
+
+def multi_view(student, dls, s, progress=False):
+    "Multi-view test of a network over normalised clips on the test clips"
+    ds = dls.test.dataset
+    return test_views(student, ds.items, *s.test, ds.sampling, list(ds.vocab), dls.norm, progress=progress, cache=ds.cache)
 
 # %% ../nbs/40_experiments.ipynb #2b39248b
 def summary(
@@ -220,23 +227,23 @@ def demo(
     bar = sys.stdout.isatty()
     say('clips'); big,dls = prepare_data(s, out)
     say(f'teachers, on {len(big.train_ds)} clips'); cnn,vit = prepare_teachers(s, big)
-    def tuned(student):
+    def tuned(student, history=None):
         learn = finetune_learner(dls, student)
-        with nullcontext() if bar else learn.no_bar(): learn.fit_finetune(s.finetune_epochs, s.finetune_lr, history=out/'history.csv')
+        with nullcontext() if bar else learn.no_bar(): learn.fit_finetune(s.finetune_epochs, s.finetune_lr, history=history)
         return learn
     say(f'student without distillation, on {len(dls.train_ds)} clips'); plain,_ = train_arm('labels', s, dls, cnn, vit, s.seed, bar=bar)
     plain = tuned(plain.student)
     say('stage 1, then stage 2'); learn,after1 = train_arm('both', s, dls, cnn, vit, s.seed, out/'history.csv', bar)
-    say('fine-tuning'); final = tuned(learn.student)
-    say(f'testing {len(dls.valid_ds)} videos, {s.test[0]} clips x {s.test[1]} crops each')
+    say('fine-tuning'); final = tuned(learn.student, out/'history.csv')
+    say(f'testing {len(dls.test.dataset)} videos, {s.test[0]} clips x {s.test[1]} crops each')
     def row(name, res): return dict(model=name, top1=res['top1'], top5=res['top5'], n=res['evaluated'], expected=res['expected'])
-    def views(student): return test_views(student, dls.valid_ds.items, *s.test, dls.valid_ds.sampling, list(dls.vocab), dls.norm, progress=bar)
+    def views(student): return multi_view(student, dls, s, bar)
     last = views(final.student)
     res = pd.DataFrame([row('CNN teacher', teacher_views(cnn, dls, s)), row('Transformer teacher', teacher_views(vit, dls, s)), row('student without distillation', views(plain.student)),
                         row('student after stage 1', views(after1)), row('student after stage 2', views(learn.student)), row('student after fine-tuning', last)])
     res.to_csv(out/'results.csv', index=False)
     last['table'].to_csv(out/'predictions.csv', index=False)
-    save_student(final.student, out/'student.safetensors', list(dls.vocab), sampling=asdict(dls.valid_ds.sampling), results=res.to_dict('records'))
+    save_student(final.student, out/'student.safetensors', list(dls.vocab), sampling=asdict(dls.test.dataset.sampling), results=res.to_dict('records'))
     figures(out)
     say(f'done: {out}')
     return res
