@@ -75,7 +75,7 @@ class Teacher(nn.Module):
         stat = lambda v,key,default: torch.tensor(cfg.get(key, default) if v is None else v).float().expand(3).clone()
         self.register_buffer('mean', stat(mean, 'mean', (.485, .456, .406)))
         self.register_buffer('std', stat(std, 'std', (.229, .224, .225)))
-        self.model,self.vocab,self.top1 = model,vocab,None
+        self.model,self.vocab,self.top1 = model.to(memory_format=torch.channels_last) if self.frame_wise else model,vocab,None
         if memo and not self.frame_wise: raise ValueError('memo=True is for CNN teachers; a FrameTransformer remembers through its CNN')
         self.memo = Memo(self._map) if memo else None
         self.requires_grad_(False).eval()
@@ -86,7 +86,9 @@ class Teacher(nn.Module):
     def num_features(self): return self.model.num_features
 
     def train(self, mode=True): return super().train(False)
-    def _normalise(self, x): return (x - self.mean.view(-1, *[1]*(x.ndim-2)))/self.std.view(-1, *[1]*(x.ndim-2))
+    def _normalise(self, x):
+        x = (x - self.mean.view(-1, *[1]*(x.ndim-2)))/self.std.view(-1, *[1]*(x.ndim-2))
+        return x.contiguous(memory_format=torch.channels_last) if self.frame_wise else x   # twice as fast through a CNN, on a CPU
     def _map(self, frames): return self.model.forward_features(self._normalise(frames))
 
     @torch.no_grad()
