@@ -89,7 +89,9 @@ def prepare_data(
     s,    # `Settings`
     out): # folder for generated clips
     "Loaders of the teachers' and of the student's clips, with the same `test` clips; the student's `valid` has a few of them"
-    def watch(dls): return VideoDataLoaders(dls.train, dls.test_dl(dls.valid_ds.items[::max(1, len(dls.valid_ds)//s.watch_clips)], with_labels=True), dls.valid)
+    def watch(dls):
+        few = np.random.default_rng(0).permutation(len(dls.valid_ds))[:s.watch_clips]
+        return VideoDataLoaders(dls.train, dls.test_dl([dls.valid_ds.items[i] for i in few], with_labels=True), dls.valid)
     kw = dict(frames=s.frames, stride=s.stride, size=s.size, seed=0, cache=True)
     if s.data is not None:
         dls = VideoDataLoaders.from_csv(os.path.expandvars(s.data), bs=s.bs, **kw)
