@@ -1,4 +1,4 @@
-# Two commands: `make demo` and `make test`. Both make .venv on first use; only python3 (3.10 or newer) and a package index are needed.
+# Two commands: `make demo` and `make test`. Both make .venv on first use; only python3 (3.11 or newer) and a package index are needed.
 PYTHON ?= python3
 BIN    := .venv/bin
 
