@@ -25,13 +25,13 @@ def patch_positions(
 
 # %% ../nbs/01_mhca.ipynb #a1cde19d
 def dense_bias(
-    pos:Tensor, # (N,2) positions of the patch tokens, see `patch_positions`
+    pos:Tensor, # (N,d) positions of the patch tokens; d = 2, see `patch_positions`
     alpha:Tensor, # (h,) inverse widths
-    delta:Tensor, # (h,2) centres: where each head looks, relative to the query
+    delta:Tensor, # (h,d) centres: where each head looks, relative to the query
     n_prefix:int=0 # tokens without a position in front of the patches
 )->Tensor: # (h, n_prefix+N, n_prefix+N)
     "Eq 1's bias as a table over all query-key pairs: the oracle for `fold_bias`"
-    d = pos[None]-pos[:,None]                                         # (N,N,2), key - query
+    d = pos[None]-pos[:,None]                                         # (N,N,d), key - query
     b = -alpha[:,None,None]*(d.pow(2).sum(-1) - 2*(delta[:,None,None]*d).sum(-1))
     return F.pad(b, (n_prefix,0,n_prefix,0))
 
@@ -54,21 +54,21 @@ def _split(x):
 
 # %% ../nbs/01_mhca.ipynb #95368fd4
 def fold_bias(
-    pos:Tensor, # (N,2) centred positions of the patch tokens, see `patch_positions`
+    pos:Tensor, # (N,d) centred positions of the patch tokens, see `patch_positions`
     alpha:Tensor, # (h,)
-    delta:Tensor, # (h,2)
+    delta:Tensor, # (h,d)
     n_prefix:int=0, # tokens without a position in front: zeros
     scale:float=1. # factor on the query's share; √d_h cancels the 1/√d_h of scaled attention
-)->tuple[Tensor,Tensor]: # q_extra (h, n_prefix+N, 8) and k_extra (n_prefix+N, 8): q_extra @ k_extra.T is scale * `dense_bias`
+)->tuple[Tensor,Tensor]: # q_extra (h, n_prefix+N, 2d+4) and k_extra (n_prefix+N, 2d+4): q_extra @ k_extra.T is scale * `dense_bias`
     "Eq 1's bias as numbers to append to queries and keys; the key's are exact in bfloat16 up to 33 x 33 patches"
     a,D = scale*alpha[:,None],delta[:,None]                               # (h,1), (h,1,2)
     sq = pos.pow(2).sum(-1)                                           # (N,)
     lo,hi = sq.aminmax()
     m = lo + 2*((hi-lo)/4).round()
-    g = 2*a[...,None]*(pos+D)                                         # (h,N,2)
+    g = 2*a[...,None]*(pos+D)                                         # (h,N,d)
     c = -a*(sq+m+2*(D*pos).sum(-1))                                   # (h,N)
-    q = torch.cat([_split(o) for o in (a.expand_as(c), g[...,0], g[...,1], c/16)], -1)   # /16: float16 ends at 65504
-    k = torch.stack([m-sq, pos[:,0], pos[:,1], torch.full_like(sq, 16)], -1).repeat_interleave(2, -1)
+    q = torch.cat([_split(o) for o in (a.expand_as(c), *g.unbind(-1), c/16)], -1)        # /16: float16 ends at 65504
+    k = torch.stack([m-sq, *pos.unbind(-1), torch.full_like(sq, 16)], -1).repeat_interleave(2, -1)
     return F.pad(q, (0,0,n_prefix,0)), F.pad(k, (0,0,n_prefix,0))
 
 # %% ../nbs/01_mhca.ipynb #9ef7f444
@@ -79,19 +79,22 @@ class MHCA(Attention):
         num_heads:int=8, # h
         *args, # as timm's `Attention`
         form:str='folded', # 'folded' (default: no N x N table) or 'dense' (the oracle)
+        temporal:bool=False, # a second bias, of the distance in time
         **kwargs # as timm's `Attention`
     ):
         super().__init__(dim, num_heads, *args, **kwargs)
         self.form,self.grid,self.n_prefix = form,None,0
         self.alpha = nn.Parameter(torch.empty(num_heads, device=kwargs.get('device')))
         self.delta = nn.Parameter(torch.empty(num_heads, 2, device=kwargs.get('device')))
+        self.alpha_t,self.delta_t = [nn.Parameter(torch.empty(num_heads, *s, device=kwargs.get('device'))) if temporal else None for s in ((), (1,))]
         self.reset_parameters()
 
     def reset_parameters(self):
-        "Width 1 and the centres of `head_centres`"
+        "Width 1 and the centres of `head_centres`; nothing in time"
         with torch.no_grad():
             self.alpha.fill_(1.)
             self.delta.copy_(head_centres(self.num_heads))
+            if self.alpha_t is not None: self.alpha_t.zero_(); self.delta_t.zero_()
 
     def set_grid(self,
         t:int, # frames, after the tubelet embedding
@@ -107,27 +110,31 @@ class MHCA(Attention):
 # %% ../nbs/01_mhca.ipynb #8b31e473
 @patch
 def _bias_args(self:MHCA, n):
-    "Positions, alpha, delta and prefix for `n` tokens, in float32 or better"
+    "Positions, alpha and delta of each bias of `n` tokens, in float32 or better"
     if self.grid is None: raise RuntimeError('MHCA does not know its grid: call set_grid(t, h, w, n_prefix) before the forward pass')
     if n != math.prod(self.grid)+self.n_prefix:
         raise ValueError(f'MHCA got {n} tokens, but its grid (t,h,w)={self.grid} with {self.n_prefix} prefix tokens makes '
                          f'{math.prod(self.grid)+self.n_prefix}: call set_grid to match')
     dtype = torch.promote_types(self.alpha.dtype, torch.float32)
-    return patch_positions(*self.grid, dtype=dtype, device=self.alpha.device),self.alpha.to(dtype),self.delta.to(dtype),self.n_prefix
+    space = patch_positions(*self.grid, dtype=dtype, device=self.alpha.device),self.alpha.to(dtype),self.delta.to(dtype)
+    if self.alpha_t is None: return [space]
+    t,h,w = self.grid
+    time = patch_positions(1, t, 1, dtype=dtype, device=self.alpha.device)[:,:1].repeat_interleave(h*w, 0)   # (N,1)
+    return [space, (time, self.alpha_t.to(dtype), self.delta_t.to(dtype))]
 
 # %% ../nbs/01_mhca.ipynb #a7207ac5
 @patch
 def _folded(self:MHCA, q, k, v):
     "q, k and v with the bias' columns and a head dimension padded to a multiple of 8, and no mask"
-    qe,ke = (o.to(q.dtype) for o in fold_bias(*self._bias_args(q.shape[2]), scale=self.scale**-1))
-    e = -(-(self.head_dim+8)//8)*8 - self.head_dim                        # 8 if head_dim is a multiple of 8
-    qe,ke = (F.pad(o, (0,e-8)).expand(*q.shape[:3],e) for o in (qe,ke))
+    qe,ke = (torch.cat(o, -1).to(q.dtype) for o in zip(*[fold_bias(*a, self.n_prefix, self.scale**-1) for a in self._bias_args(q.shape[2])]))
+    e = -(-(self.head_dim+qe.shape[-1])//8)*8 - self.head_dim             # 8 in space, 16 with time, if head_dim is a multiple of 8
+    qe,ke = (F.pad(o, (0,e-o.shape[-1])).expand(*q.shape[:3],e) for o in (qe,ke))
     return torch.cat([q,qe], -1),torch.cat([k,ke], -1),F.pad(v, (0,e)),None # 3 x (B,h,N,d_h+e)
 
 @patch
 def _dense(self:MHCA, q, k, v):
     "q, k and v as they are, and the bias as an additive mask"
-    return q,k,v,dense_bias(*self._bias_args(q.shape[2])).to(q.dtype)[None]
+    return q,k,v,sum(dense_bias(*a, self.n_prefix) for a in self._bias_args(q.shape[2])).to(q.dtype)[None]
 
 # %% ../nbs/01_mhca.ipynb #2ae2d3ca
 @patch
