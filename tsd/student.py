@@ -7,6 +7,7 @@ __all__ = ['default_cfgs', 'Tubelet', 'sinusoid', 'position_code', 'VideoViT', '
            'tsd_vit_small_patch16_224', 'tsd_vit_base_patch16_224']
 
 # %% ../nbs/02_student.ipynb #71c93eb2
+from huggingface_hub import PyTorchModelHubMixin
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint, checkpoint_seq
@@ -77,7 +78,7 @@ def position_code(
     return torch.cat([p.expand(*n, -1) for p in parts], -1).reshape(-1, dim).float()
 
 # %% ../nbs/02_student.ipynb #4d5ceb65
-class VideoViT(VisionTransformer):
+class VideoViT(VisionTransformer, PyTorchModelHubMixin, library_name='tsd', pipeline_tag='video-classification', repo_url='https://github.com/tsd-distillation/tsd'):
     "A Vision Transformer that reads clips (B,3,T,H,W) and frames (B,3,H,W) with one set of weights, MHCA in its first blocks"
     def __init__(self,
         img_size=224,       # height and width in pixels the grid is counted for; any size that tiles may be fed
@@ -153,6 +154,20 @@ class VideoViT(VisionTransformer):
         size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         self.patch_embed.img_size,self.patch_embed.grid_size = size,self.patch_embed.grid(self.patch_embed.num_frames, *size)
         self.patch_embed.num_patches,self.config['img_size'] = math.prod(self.patch_embed.grid_size),img_size
+
+    vocab = None            # class names, where they are known
+    def save_pretrained(self, save_directory, **kwargs):
+        "Write config.json and model.safetensors to a folder, class names with them where `vocab` is set; `push_to_hub` uploads the same"
+        if self.vocab and len(self.vocab) != self.num_classes: raise ValueError(f'{len(self.vocab)} class names in vocab for {self.num_classes} classes')
+        about = dict(architectures=[type(self).__name__], num_classes=self.num_classes) | ({'id2label': dict(enumerate(self.vocab))} if self.vocab else {})
+        return super().save_pretrained(save_directory, **kwargs | dict(config=self.config | about))
+
+    @classmethod
+    def _from_pretrained(cls, *, architectures=None, id2label=None, strict=True, **kwargs):
+        if architectures != [cls.__name__]: raise ValueError(f'{kwargs["model_id"]} holds {(architectures or ["something without a config.json of ours"])[0]}, not {cls.__name__}')
+        model = super()._from_pretrained(strict=strict, **kwargs)
+        if id2label: model.vocab = [id2label[k] for k in sorted(id2label, key=int)]
+        return model
 
     @torch.jit.ignore
     def no_weight_decay(self):
