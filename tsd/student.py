@@ -14,7 +14,7 @@ from timm.models._manipulate import checkpoint, checkpoint_seq
 from timm.models.vision_transformer import Block, VisionTransformer
 
 from .imports import *
-from .mhca import MHCA
+from .mhca import MHCA, TemporalMHCA
 
 # %% ../nbs/02_student.ipynb #c14bf864
 class Tubelet(nn.Module):
@@ -90,14 +90,16 @@ class VideoViT(VisionTransformer, PyTorchModelHubMixin, library_name='tsd', pipe
         depth=12,           # number of blocks
         num_heads=6,        # attention heads a block
         mhca_blocks=None,   # blocks with MHCA, counted from the first; default two thirds of them (8 of 12: section 2.4)
+        mhca_temporal=False,# MHCA's bias of the distance in time, zero at the start
         class_token=True,   # as in TSD-fad's student; every head reads the content tokens only
         **kwargs):          # of timm's `VisionTransformer`, such as `drop_path_rate`
         if mhca_blocks is None: mhca_blocks = depth*2//3
         if not 0 <= mhca_blocks <= depth: raise ValueError(f'mhca_blocks = {mhca_blocks} must lie between 0 and depth = {depth}')
         if embed_dim % 16 or embed_dim % num_heads: raise ValueError(f'embed_dim = {embed_dim} must be a multiple of 16 and of num_heads = {num_heads}')
         self.config = dict(img_size=img_size, num_frames=num_frames, patch_size=patch_size, tubelet_size=tubelet_size, num_classes=num_classes,
-                           embed_dim=embed_dim, depth=depth, num_heads=num_heads, mhca_blocks=mhca_blocks, class_token=class_token, **kwargs)
-        def block(attn_layer, depth, **kw): return Block(attn_layer=MHCA if depth < mhca_blocks else attn_layer, depth=depth, **kw)
+                           embed_dim=embed_dim, depth=depth, num_heads=num_heads, mhca_blocks=mhca_blocks, mhca_temporal=mhca_temporal, class_token=class_token, **kwargs)
+        mhca = TemporalMHCA if mhca_temporal else MHCA
+        def block(attn_layer, depth, **kw): return Block(attn_layer=mhca if depth < mhca_blocks else attn_layer, depth=depth, **kw)
         super().__init__(img_size=img_size, patch_size=patch_size, num_classes=num_classes, embed_dim=embed_dim, depth=depth, num_heads=num_heads,
             class_token=class_token, global_pool='avg', pos_embed='none', block_fn=block,
             embed_layer=partial(Tubelet, num_frames=num_frames, tubelet_size=tubelet_size), **kwargs)
@@ -172,7 +174,7 @@ class VideoViT(VisionTransformer, PyTorchModelHubMixin, library_name='tsd', pipe
     @torch.jit.ignore
     def no_weight_decay(self):
         "Names of parameters that are not decayed besides biases and norms: the class token and MHCA's widths and centres"
-        return {'cls_token'} | {n for n,_ in self.named_parameters() if n.endswith(('attn.alpha', 'attn.delta'))}
+        return {'cls_token'} | {n for n,_ in self.named_parameters() if n.endswith(('attn.alpha', 'attn.delta', 'attn.alpha_t', 'attn.delta_t'))}
 
 # %% ../nbs/02_student.ipynb #8d09f707
 def fold_frames(
