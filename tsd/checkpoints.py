@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['read_checkpoint', 'layout', 'remap', 'infer_config', 'Loaded', 'load_checkpoint', 'save_student', 'read_tagged',
-           'load_student']
+           'load_student', 'to_videomae']
 
 # %% ../nbs/04_checkpoints.ipynb #e55225ab
 import argparse, json, pickle, re
@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from .imports import *
+from .mhca import MHCA
 from .student import VideoViT, position_code, sinusoid
 
 # %% ../nbs/04_checkpoints.ipynb #b9f1b5e3
@@ -129,11 +130,12 @@ def infer_config(
 @dataclass(repr=False)
 class Loaded:
     "What `load_checkpoint` did; lists of names"
-    path:Path; layout:str; loaded:list; missing:list; unexpected:list; dropped:list; positions:bool; vocab:list=None
+    path:Path; layout:str; loaded:list; missing:list; unexpected:list; dropped:list; positions:bool; vocab:list; container:str; others:list
     def __repr__(self):
         few = lambda l: ', '.join(l[:3]) + (f' and {len(l)-3} more' if len(l) > 3 else '')
         lines = [f'{self.path.name} ({self.layout}): {len(self.loaded)} weights loaded'] + [f'  {t}: {few(l)}' for t,l in (
             ('left as they were', self.missing), ('no place in the model', self.unexpected), ('of pretraining only, dropped', self.dropped)) if l]
+        if self.others: lines.append(f'  taken from {self.container!r}; the file holds {", ".join(self.others)} too')
         if not self.positions: lines.append('  trained with other positions than the model adds')
         return '\n'.join(lines + ([f'  classes: {few(self.vocab)}'] if self.vocab else []))
 
@@ -180,7 +182,7 @@ def load_checkpoint(
             + ('; it normalises tokens before pooling: build the model with fc_norm=False' if 'norm.weight' in unexpected and 'fc_norm.weight' in missing else '') + f'; {start}')
         if complaint: raise ValueError(f'the weights of {path} {complaint}; {start}')
     model.load_state_dict({k: new[k] for k in loaded}, strict=False)
-    return Loaded(path, kind, loaded, missing, unexpected, [k for k in state if kind not in ('tsd','timm') and _unused.match(k.removeprefix('videomae.'))], complaint is None, meta['vocab'])
+    return Loaded(path, kind, loaded, missing, unexpected, [k for k in state if kind not in ('tsd','timm') and _unused.match(k.removeprefix('videomae.'))], complaint is None, meta['vocab'], meta['container'], meta['others'])
 
 # %% ../nbs/04_checkpoints.ipynb #224da696
 def save_student(
@@ -189,6 +191,7 @@ def save_student(
     vocab=None, # class names, in the order of the logits
     **info):    # anything JSON can hold: sampling, normalisation, results
     "Weights of `student` with configuration, class names and `info`"
+    if type(student) is not VideoViT: raise ValueError(f'a {type(student).__name__} is no plain VideoViT, which load_student builds: use save_teacher or its own save_pretrained')
     if vocab is not None and len(vocab) != student.num_classes: raise ValueError(f'{len(vocab)} class names for a student of {student.num_classes} classes')
     about = dict(config=student.config | dict(num_classes=student.num_classes), vocab=list(vocab) if vocab is not None else None, **info)
     save_file({k: v.contiguous() for k,v in student.state_dict().items()}, path, metadata={'tsd_student': json.dumps(about)})
@@ -210,4 +213,28 @@ def load_student(
     state,about = read_tagged(path, 'student')
     student = VideoViT(**about['config'])
     student.load_state_dict(state)
+    student.vocab = about['vocab']
     return student.eval(), about
+
+# %% ../nbs/04_checkpoints.ipynb #63e2a518
+_hf_names = {'patch_embed.proj': 'videomae.embeddings.patch_embeddings.projection', 'fc_norm': 'fc_norm', 'head': 'classifier'} | {k: 'videomae.encoder.layer.{}.'+v for k,v in {
+    'norm1': 'layernorm_before', 'norm2': 'layernorm_after', 'attn.proj': 'attention.output.dense', 'mlp.fc1': 'intermediate.dense', 'mlp.fc2': 'output.dense'}.items()}
+
+def to_videomae(
+    student): # `VideoMAEViT`; another network where it computes the same
+    "Weights and configuration of the same network as transformers' `VideoMAEForVideoClassification`; ValueError that names what is in the way"
+    state,new,way = student.state_dict(),{},[]
+    for k,v in state.items():
+        i,name,what = re.fullmatch(r'(?:blocks\.(\d+)\.)?(.*?)\.?(weight|bias|)', k).groups()
+        if i and name == 'attn.qkv': new |= {f'videomae.encoder.layer.{i}.attention.attention.{n}.{what}': o.contiguous() for n,o in zip(('query','key','value'), v.chunk(3)) if (n,what) != ('key','bias')}
+        elif name in _hf_names and what: new[f'{_hf_names[name].format(i)}.{what}'] = v
+        else: way.append('MHCA' if i and isinstance(student.blocks[int(i)].attn, MHCA) and name.startswith('attn.') else {'cls_token': 'the class token', 'norm': 'a norm before pooling'}.get(name, k))
+    if _counts(student) != 'flat': way.append("positions other than VideoMAE's")
+    if not student.num_classes: way.append('the lack of a head')
+    if way: raise ValueError(f'not a VideoMAE: in the way is {", ".join(list(dict.fromkeys(way))[:5])}')
+    embed,names = student.patch_embed,student.vocab or [f'LABEL_{i}' for i in range(student.num_classes)]
+    h,w = embed.img_size
+    return new, dict(model_type='videomae', architectures=['VideoMAEForVideoClassification'], image_size=h if h == w else [h, w], patch_size=embed.patch_size[0], num_channels=3,
+        num_frames=embed.num_frames, tubelet_size=embed.tubelet_size, hidden_size=student.embed_dim, num_hidden_layers=len(student.blocks),
+        num_attention_heads=student.blocks[0].attn.num_heads, intermediate_size=len(state['blocks.0.mlp.fc1.weight']), hidden_act='gelu', layer_norm_eps=student.fc_norm.eps,
+        qkv_bias=True, use_mean_pooling=True, id2label=dict(enumerate(names)), label2id={n:i for i,n in enumerate(names)})
