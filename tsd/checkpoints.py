@@ -40,27 +40,28 @@ def _tensors(d): return isinstance(d, dict) and len(d) > 0 and all(isinstance(v,
 
 def read_checkpoint(
     path): # .safetensors, .pth, .pt or .bin; or a folder as Hugging Face writes it, config.json beside the weights
-    "Weights of a file, and what is known of them: `vocab` where it names the classes, `config`, the `container` they lay in, `others` it holds"
+    "Weights of a file, and what is known of them: `vocab` where it names the classes, `config`, `architecture`, the `container` they lay in, `others` it holds"
     path,config = Path(path),None
     if path.is_dir():
         folder,path = path,next((o for n in ('model.safetensors','pytorch_model.bin') if (o := path/n).is_file()), None)
         if path is None: raise FileNotFoundError(f'folder {folder} holds neither model.safetensors nor pytorch_model.bin')
         if (folder/'config.json').is_file(): config = json.loads((folder/'config.json').read_text())
     if not path.is_file(): raise FileNotFoundError(f'checkpoint {path} does not exist')
-    meta = dict(vocab=None, config=config, container=None, others=[])
+    meta = dict(vocab=None, config=config, architecture=((config or {}).get('architectures') or [None])[0], container=None, others=[])
     if config and (names := config.get('id2label')):
         names = [names[k] for k in sorted(names, key=int)]
         if names != [f'LABEL_{i}' for i in range(len(names))]: meta['vocab'] = names           # transformers' filler
     if path.suffix == '.safetensors':
         state,tags = _read_safetensors(path)
         for k,v in tags.items():
-            if k.startswith('tsd_'): meta |= json.loads(v)
+            if k in ('tsd_student','tsd_teacher'): meta |= (about := json.loads(v)) | dict(architecture=about.get('kind', 'VideoViT'))
     else:
         state = _read_pickle(path)
         if not _tensors(state):
             found = [k for k in _containers if isinstance(state, dict) and _tensors(state.get(k))]
             if not found: raise ValueError(f'{path} holds no weights: expected tensors by name, or such a dictionary in one of {", ".join(_containers)}; it has {list(state)[:5] if isinstance(state, dict) else type(state).__name__}')
             state,meta['container'],meta['others'] = state[found[0]],found[0],found[1:]
+    if not state: raise ValueError(f'{path} holds no weights')
     while all(k.startswith('module.') for k in state): state = {k[7:]: v for k,v in state.items()}
     return state,meta
 
@@ -77,21 +78,21 @@ def layout(
 
 # %% ../nbs/04_checkpoints.ipynb #81c6183b
 _unused = re.compile(r'decoder[._]|mask_token|encoder_to_decoder\.|down_|pos_embed_')       # of self-supervised pretraining only
-_renames = [(r'^(module\.)?videomae\.', ''), (r'^embeddings\.patch_embeddings\.projection', 'patch_embed.proj'), (r'^encoder\.layer\.', 'blocks.'),
-            (r'^encoder\.', ''), (r'attention\.output\.dense', 'attn.proj'), (r'attention\.attention\.', 'attn.'),
-            (r'layernorm_before', 'norm1'), (r'layernorm_after', 'norm2'), (r'intermediate\.dense', 'mlp.fc1'), (r'output\.dense', 'mlp.fc2'),
-            (r'^layernorm\.', 'norm.'), (r'^classifier\.', 'head.'), (r'attn\.q_bias', 'attn.query.bias'), (r'attn\.v_bias', 'attn.value.bias')]
+_renames = [(r'^videomae\.', ''), (r'^embeddings\.patch_embeddings\.projection', 'patch_embed.proj'), (r'^encoder\.layer\.', 'blocks.'), (r'^encoder\.', ''),
+            (r'attention\.output\.dense', 'attn.proj'), (r'attention\.attention\.', 'attn.'), (r'layernorm_before', 'norm1'), (r'layernorm_after', 'norm2'),
+            (r'intermediate\.dense', 'mlp.fc1'), (r'output\.dense', 'mlp.fc2'), (r'^layernorm\.', 'norm.'), (r'^classifier\.', 'head.'),
+            (r'attn\.q_bias', 'attn.query.bias'), (r'attn\.v_bias', 'attn.value.bias')]
+_positions = {'videomae': 'flat', 'videomae-pretrain': 'flat', 'hf': 'flat', 'mvd': 'separable', 'timm': None, 'tsd': None}   # those each layout was trained with
 
 def _rename(k):
     for pat,new in _renames: k = re.sub(pat, new, k)
     return k
 
-def _swap_channels(state, a, b, c):
-    "`state` with the channels a:b and b:c of the tokens in exchanged places"
-    swap = lambda v,axis: torch.cat([v.narrow(axis, 0, a), v.narrow(axis, b, c-b), v.narrow(axis, a, b-a)], axis)
-    axis = lambda k,v: (None if k in ('head.bias',) or k.endswith(('qkv.bias','fc1.bias')) else
-                        v.ndim-1 if k.endswith(('qkv.weight','fc1.weight','head.weight','pos_embed','cls_token')) else 0)
-    return {k: v if axis(k, v) is None else swap(v, axis(k, v)) for k,v in state.items()}
+def _swap_channels(k, v, a, b, d):
+    "Weight `v` named `k` with the channels a:b of the tokens moved behind b:d"
+    if k.endswith(('head.bias','qkv.bias','fc1.bias')): return v
+    axis = v.ndim-1 if k.endswith(('head.weight','qkv.weight','fc1.weight','pos_embed','cls_token')) else 0
+    return v.index_select(axis, torch.tensor([*range(a), *range(b, d), *range(a, b)]))
 
 def remap(
     state,          # weights by name, of any layout
@@ -99,7 +100,8 @@ def remap(
     kind=None):     # layout, where the names do not tell: 'mvd' for fine-tuned MVD, which look like VideoMAE's
     "The same weights by the names of `VideoMAEViT` and `VideoViT`; what only pretraining needs is left out"
     kind = kind or layout(state)
-    state = {_rename(k): v for k,v in state.items() if not _unused.match(k.removeprefix('videomae.'))} if kind not in ('tsd','timm') else dict(state)
+    if kind not in _positions: raise ValueError(f'kind = {kind!r} is none of {", ".join(_positions)}')
+    state = {_rename(k): v for k,v in state.items() if not _unused.match(k)}
     for p in sorted({m[0] for k in state if (m := re.match(r'blocks\.\d+\.attn\.(?=(query|key|value)\.)', k))}):
         for what in ('weight','bias'):
             q,k,v = parts = [state.pop(f'{p}{n}.{what}', None) for n in ('query','key','value')]
@@ -110,7 +112,7 @@ def remap(
     if kind == 'timm': state['patch_embed.proj.weight'] = state['patch_embed.proj.weight'].unsqueeze(2).repeat(1, 1, tubelet_size, 1, 1)/tubelet_size
     if kind == 'mvd':
         d = len(state['patch_embed.proj.weight'])
-        state = _swap_channels(state, d//4, d*5//8, d)
+        state = {k: _swap_channels(k, v, d//4, d*5//8, d) for k,v in state.items()}
     return state
 
 # %% ../nbs/04_checkpoints.ipynb #8659d1b5
@@ -146,9 +148,8 @@ def _counts(model):
     code,d = model.position_code(range(2), 2, 3),model.embed_dim
     return 'flat' if torch.allclose(code, _flat_code(12, d), atol=1e-5) else 'separable' if torch.allclose(code, position_code(range(2), 2, 3, d), atol=1e-5) else None
 
-def _check_positions(model, kind, table):
+def _check_positions(model, want, table):
     "A complaint where the weights were trained with other positions than `model` adds, or None"
-    want = {'videomae': 'flat', 'videomae-pretrain': 'flat', 'hf': 'flat', 'mvd': 'separable'}.get(kind)
     if want and _counts(model) != want: return f'were trained with {want} positions, which {type(model).__name__} does not add: ' + (
         'load them into a VideoMAEViT' if want == 'flat' else 'load them into a VideoViT with mhca_blocks=0, class_token=False')
     if table is None: return
@@ -163,10 +164,13 @@ def load_checkpoint(
     kind=None):  # layout, where the names do not tell: see `remap`
     "Load weights of any layout into `model` and report; ValueError before anything is changed where they do not fit"
     state,meta = read_checkpoint(path)
-    path,kind = Path(path),kind or layout(state)
-    try: new = remap(state, model.patch_embed.tubelet_size, kind)
+    path = Path(path)
+    try:
+        kind = kind or layout(state)
+        new = remap(state, model.patch_embed.tubelet_size, kind)
     except ValueError as e: raise ValueError(f'{path}: {e}') from e
-    complaint = _check_positions(model, kind, new.pop('pos_embed', None))
+    want = _positions[kind] or {'VideoMAEViT': 'flat', 'VideoViT': 'separable'}.get(meta['architecture'])
+    complaint = _check_positions(model, want, new.pop('pos_embed', None))
     own,head = model.state_dict(),('head.weight','head.bias')
     misfit = {k: (tuple(new[k].shape), tuple(own[k].shape)) for k in own if k in new and new[k].shape != own[k].shape}
     trunk = [k for k in misfit if k not in head]
@@ -182,7 +186,7 @@ def load_checkpoint(
             + ('; it normalises tokens before pooling: build the model with fc_norm=False' if 'norm.weight' in unexpected and 'fc_norm.weight' in missing else '') + f'; {start}')
         if complaint: raise ValueError(f'the weights of {path} {complaint}; {start}')
     model.load_state_dict({k: new[k] for k in loaded}, strict=False)
-    return Loaded(path, kind, loaded, missing, unexpected, [k for k in state if kind not in ('tsd','timm') and _unused.match(k.removeprefix('videomae.'))], complaint is None, meta['vocab'], meta['container'], meta['others'])
+    return Loaded(path, kind, loaded, missing, unexpected, [k for k in state if _unused.match(k)], complaint is None, meta['vocab'], meta['container'], meta['others'])
 
 # %% ../nbs/04_checkpoints.ipynb #224da696
 def save_student(
@@ -226,7 +230,9 @@ def to_videomae(
     state,new,way = student.state_dict(),{},[]
     for k,v in state.items():
         i,name,what = re.fullmatch(r'(?:blocks\.(\d+)\.)?(.*?)\.?(weight|bias|)', k).groups()
-        if i and name == 'attn.qkv': new |= {f'videomae.encoder.layer.{i}.attention.attention.{n}.{what}': o.contiguous() for n,o in zip(('query','key','value'), v.chunk(3)) if (n,what) != ('key','bias')}
+        if i and name == 'attn.qkv':
+            parts = dict(zip(('query.weight','key.weight','value.weight') if what == 'weight' else ('q_bias','k_bias','v_bias'), v.chunk(3)))
+            new |= {f'videomae.encoder.layer.{i}.attention.attention.{n}': o.contiguous() for n,o in parts.items() if n != 'k_bias'}
         elif name in _hf_names and what: new[f'{_hf_names[name].format(i)}.{what}'] = v
         else: way.append('MHCA' if i and isinstance(student.blocks[int(i)].attn, MHCA) and name.startswith('attn.') else {'cls_token': 'the class token', 'norm': 'a norm before pooling'}.get(name, k))
     if _counts(student) != 'flat': way.append("positions other than VideoMAE's")
