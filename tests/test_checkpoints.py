@@ -1,6 +1,5 @@
 "Files that are no checkpoint, or only part of one: what `read_checkpoint` and `load_checkpoint` say."
 import argparse
-from pathlib import Path
 
 import pytest
 import torch
@@ -47,9 +46,11 @@ def test_another_network(tmp_path):
     save_file(half, tmp_path/'half.safetensors')
     with pytest.raises(ValueError, match="4 weights of the model are not in it, such as .'blocks.1.mlp.fc1.weight'"): load_checkpoint(net(depth=2), tmp_path/'half.safetensors')
 
-def test_config_and_weights_disagree_on_the_hub_folder(tmp_path):
+def test_a_damaged_folder(tmp_path):
     model = VideoViT(img_size=16, num_frames=2, patch_size=8, embed_dim=64, depth=1, num_heads=1, num_classes=3)
     model.save_pretrained(tmp_path)
     state = model.state_dict(); del state['head.bias']
     save_file(state, tmp_path/'model.safetensors')
     with pytest.raises(RuntimeError, match='head.bias'): VideoViT.from_pretrained(tmp_path)
+    (tmp_path/'config.json').write_text('{"cut')
+    with pytest.raises(ValueError, match='config.json is damaged'): read_checkpoint(tmp_path)

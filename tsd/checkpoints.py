@@ -45,7 +45,9 @@ def read_checkpoint(
     if path.is_dir():
         folder,path = path,next((o for n in ('model.safetensors','pytorch_model.bin') if (o := path/n).is_file()), None)
         if path is None: raise FileNotFoundError(f'folder {folder} holds neither model.safetensors nor pytorch_model.bin')
-        if (folder/'config.json').is_file(): config = json.loads((folder/'config.json').read_text())
+        if (folder/'config.json').is_file():
+            try: config = json.loads((folder/'config.json').read_text())
+            except json.JSONDecodeError as e: raise ValueError(f'{folder}/config.json is damaged ({e}): copy or download it again') from e
     if not path.is_file(): raise FileNotFoundError(f'checkpoint {path} does not exist')
     meta = dict(vocab=None, config=config, architecture=((config or {}).get('architectures') or [None])[0], container=None, others=[])
     if config and (names := config.get('id2label')):
@@ -104,9 +106,9 @@ def remap(
     state = {_rename(k): v for k,v in state.items() if not _unused.match(k)}
     for p in sorted({m[0] for k in state if (m := re.match(r'blocks\.\d+\.attn\.(?=(query|key|value)\.)', k))}):
         for what in ('weight','bias'):
-            q,k,v = parts = [state.pop(f'{p}{n}.{what}', None) for n in ('query','key','value')]
+            q,k,v = [state.pop(f'{p}{n}.{what}', None) for n in ('query','key','value')]
             if q is None and k is None and v is None: continue
-            if what == 'bias' and k is None: k = torch.zeros_like(v)
+            if what == 'bias' and k is None and q is not None: k = torch.zeros_like(q)
             if q is None or k is None or v is None: raise ValueError(f'of {p}*.{what} only a part is there: the file is incomplete')
             state[f'{p}qkv.{what}'] = torch.cat([q, k, v])
     if kind == 'timm': state['patch_embed.proj.weight'] = state['patch_embed.proj.weight'].unsqueeze(2).repeat(1, 1, tubelet_size, 1, 1)/tubelet_size
@@ -120,6 +122,8 @@ def infer_config(
     state,           # weights by our names: see `remap`
     num_heads=None): # attention heads, which no shape tells; default: those of the ViT of this width
     "Arguments of `VideoMAEViT` that fit these weights"
+    for k in ('patch_embed.proj.weight','blocks.0.mlp.fc1.weight'):
+        if k not in state: raise ValueError(f'{k} is not among the weights: the file is incomplete')
     d,_,t,p,_ = state['patch_embed.proj.weight'].shape
     if num_heads is None:
         num_heads = {1280: 16, 1408: 16}.get(d, d//64)                             # ViT-H, ViT-g; else heads of width 64
