@@ -146,7 +146,7 @@ def create_cnn(
         if f'{head}.weight' not in state: raise ValueError(f'{weights} holds a network without a head ({head}.weight): fit one to your data with prepare_teacher')
         num_classes = len(state[f'{head}.weight'])
     try: model = timm.create_model(name, pretrained=weights is None, num_classes=num_classes, **kwargs)
-    except (TypeError, RuntimeError, AssertionError) as e: raise ValueError(f'timm cannot build {name!r}' + (f' with {kwargs}' if kwargs else '') + f': {e}') from e
+    except (TypeError, RuntimeError, AssertionError) as e: raise ValueError(f'timm cannot build {name!r}' + (f' with {kwargs}' if kwargs else '') + f': {str(e) or "a value is out of range"}') from e
     model.config = kwargs
     if not weights: return model
     own = model.state_dict()
