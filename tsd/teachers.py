@@ -29,11 +29,19 @@ class VideoMAEViT(VideoViT):
     def __init__(self,
         embed_dim=768, # D
         num_heads=12,  # attention heads a block
+        interpolate=False, # positions for inputs of another grid than that of `img_size` and `num_frames`; False: a ValueError
         **kwargs):     # as `VideoViT`
         super().__init__(**{**kwargs, 'embed_dim': embed_dim, 'num_heads': num_heads, 'mhca_blocks': 0, 'class_token': False})
+        self.pos_grid,self.interpolate = self.patch_embed.grid_size,interpolate
+        self.config['interpolate'] = interpolate
 
     def position_code(self, t, h, w):
-        t = torch.as_tensor(t).reshape(-1)
+        clip,t,grid = isinstance(t, range),torch.as_tensor(t).reshape(-1),self.pos_grid   # frames come with a tensor of times
+        if (h, w) != grid[1:] or clip and len(t) != grid[0]:
+            if not self.interpolate: raise ValueError(f'{len(t)} x {h} x {w} patches, and the positions are those of {" x ".join(map(str, grid))}: feed clips of that size, or build the network with interpolate=True')
+            if not clip: raise ValueError('positions of single frames are not interpolated: feed clips')
+            table = self.position_code(range(grid[0]), *grid[1:]).T.view(1, -1, *grid)
+            return F.interpolate(table, (len(t), h, w), mode='trilinear')[0].flatten(1).T   # (thw,D)
         flat = t[:,None]*h*w + torch.arange(h*w, device=t.device)                 # (t,hw)
         return sinusoid(flat, self.embed_dim).unflatten(-1, (2,-1)).transpose(-1, -2).flatten(-2).reshape(-1, self.embed_dim).float()
 
@@ -158,12 +166,14 @@ def create_cnn(
     model.load_state_dict(fits, strict=False)
     return model
 
-# %% ../nbs/03_teachers.ipynb #a9be39f2
+# %% ../nbs/03_teachers.ipynb #e04cf5a4
+_vits = {c.__name__: c for c in (VideoViT, VideoMAEViT)}
 def _kind(m): return type(m).__name__ if isinstance(m, (VideoViT, FrameTransformer)) else m.pretrained_cfg['architecture']
 
 def _about(teacher):
     "All that is needed to build `teacher` again, but for the weights"
     m = teacher.model
+    if isinstance(m, VideoViT) and _kind(m) not in _vits: raise ValueError(f'{_kind(m)} is a class of your own, which load_teacher could not build')
     if not hasattr(m, 'config'):
         kind = (getattr(m, 'pretrained_cfg', None) or {}).get('architecture')
         with torch.device('meta'): same = kind and str(timm.create_model(kind, num_classes=m.num_classes)) == str(m)
@@ -175,7 +185,7 @@ def _rebuild(about, memo=False):
     "The `Teacher` that `_about` described, with random weights; `memo` goes to the CNN, inside a FrameTransformer too"
     kind,k,kw = (about[o] for o in ('kind', 'num_classes', 'config'))
     if kind == 'FrameTransformer': model,memo = FrameTransformer(_rebuild(about['cnn'], memo), k, **kw),False
-    elif kind in ('VideoViT', 'VideoMAEViT'): model = dict(VideoViT=VideoViT, VideoMAEViT=VideoMAEViT)[kind](**{**kw, 'num_classes': k})
+    elif kind in _vits: model = _vits[kind](**{**kw, 'num_classes': k})
     else: model = create_cnn(kind, k, False, **kw)
     teacher = Teacher(model, about['mean'], about['std'], about['vocab'], memo)
     teacher.top1 = about['top1']
@@ -212,8 +222,8 @@ def load_teacher(
     path,           # file of `save_teacher`; or weights from elsewhere, see `read_checkpoint`
     memo=False,     # of its CNN, see `Teacher`
     arch=None,      # from elsewhere: timm's name of the CNN, such as 'resnet101'; None: a Transformer of VideoMAE's kind
-    num_frames=16,  # from elsewhere: T of the clips a Transformer was trained on
-    img_size=224,   # from elsewhere: their height and width
+    num_frames=None,# from elsewhere: T of the clips a Transformer was trained on; None: what its config.json says, else 16
+    img_size=None,  # from elsewhere: their height and width; None: likewise, else 224
     kind=None,      # from elsewhere: layout where the names do not tell, see `remap`
     mean=None,      # from elsewhere: see `Teacher`
     std=None,       # from elsewhere: likewise
@@ -230,14 +240,18 @@ def load_teacher(
             if not about['num_classes']: raise headless
             teacher = _rebuild(about, memo)
             teacher.model.load_state_dict(state)
+        elif cls := _vits.get(((meta['config'] or {}).get('architectures') or [''])[0]):            # a folder of `save_pretrained`
+            teacher = Teacher(cls.from_pretrained(path), mean, std, vocab or meta['vocab'])
+            if not teacher.num_classes: raise headless
         else:
-            try: own,kind = layout(state) == 'tsd',kind or layout(state)
+            try: found = layout(state)
             except ValueError as e: raise ValueError(f'{path}: {e}; for the weights of a CNN give arch, timm\'s name of it') from e
-            if own: raise ValueError(f'{path} was not written by save_teacher: of a student use Teacher(load_student(path)[0])')
-            cfg = infer_config(remap(state, kind=kind), kwargs.pop('num_heads', None))
+            if found == 'tsd': raise ValueError(f'{path} was not written by save_teacher: of a student use Teacher(load_student(path)[0])')
+            try: cfg = infer_config(remap(state, kind=kind or found), kwargs.pop('num_heads', None))
+            except ValueError as e: raise ValueError(f'{path}: {e}') from e
             if not cfg['num_classes']: raise headless
             cfg |= dict(num_frames=num_frames, img_size=img_size) | kwargs
-            model = VideoViT(mhca_blocks=0, class_token=False, **cfg) if kind == 'mvd' else VideoMAEViT(**cfg)   # MVD's positions are the student's
+            model = VideoViT(mhca_blocks=0, class_token=False, **cfg) if 'mvd' in (kind, found) else VideoMAEViT(**cfg)   # MVD's positions are the student's
             load_checkpoint(model, path, kind=kind)
             teacher = Teacher(model, mean, std, vocab or meta['vocab'])
     if teacher.vocab is not None and len(teacher.vocab) != teacher.num_classes: raise ValueError(f'{len(teacher.vocab)} class names for the {teacher.num_classes} classes of {path}')
@@ -358,11 +372,12 @@ def prepare_teacher(
     if k != dls.c: raise ValueError(f'the teacher has {k} classes and the data {dls.c}: '
         + ('a teacher without a head cannot give logits; ' if not k else '') + f'give it a head of {dls.c}, e.g. model.reset_classifier({dls.c})')
     if epochs < 1: raise ValueError(f'epochs = {epochs}: a teacher is prepared in one or more passes over the clips')
-    trainable,known = [p for p in model.parameters() if p.requires_grad],False
+    trainable,known = {n: p for n,p in model.named_parameters() if p.requires_grad},False
     teacher = Teacher(model, mean, std, list(dls.vocab), memo)
     head_only = teacher.frame_wise and frozen
+    if not (head_only or trainable): raise ValueError(f'every weight of this {type(model).__name__} is frozen: call requires_grad_(True) on what is to be trained')
     if store is not None:
-        key = fingerprint(teacher, dls, head_only, frozen=frozen, epochs=epochs, lr=lr, l2=l2, frame_stride=frame_stride)
+        key = fingerprint(teacher, dls, head_only, frozen=frozen, epochs=epochs, lr=lr, l2=l2, frame_stride=frame_stride, trainable=[] if head_only else [*trainable])
         teacher.file = Path(store)/f'{_kind(model)}_{key}.safetensors'
         teacher.file.parent.mkdir(parents=True, exist_ok=True)
         known = teacher.file.exists()
@@ -373,7 +388,7 @@ def prepare_teacher(
         teacher.top1,dls.train_ds.epoch = about['top1'],dls.train_ds._next_epoch + epochs   # the loader goes on as after training
     else:
         if head_only: _fit_head(teacher, dls, epochs, l2)
-        else: _fit_whole(teacher, dls, trainable, epochs, lr, frame_stride, verbose)
+        else: _fit_whole(teacher, dls, trainable.values(), epochs, lr, frame_stride, verbose)
         teacher.top1 = teacher_accuracy(teacher, dls)
         if store is not None: save_teacher(teacher, teacher.file)
     if verbose: print(f'{type(model).__name__} teacher: top-1 {teacher.top1:.1%} of {len(dls.valid_ds)} clips' + (f', {"read from" if known else "kept in"} {teacher.file}' if store is not None else ''))
