@@ -7,8 +7,7 @@ __all__ = ['BENCHES', 'peak_bytes', 'compare', 'bench_mhca', 'bench_student', 'g
            'plot_bench']
 
 # %% ../nbs/41_bench.ipynb #45f1048f
-import os, platform, time
-os.environ.setdefault('KINETO_LOG_LEVEL', '5')   # the profiler announces each start and stop otherwise
+import platform, time
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 import matplotlib.pyplot as plt

@@ -149,16 +149,17 @@ def _flat_code(n, dim): return sinusoid(range(n), dim).unflatten(-1, (2,-1)).tra
 
 def _counts(model):
     "How `model` counts patches: 'flat' (VideoMAE), 'separable' (`VideoViT`, MVD) or None"
-    code,d = model.position_code(range(2), 2, 3),model.embed_dim
-    return 'flat' if torch.allclose(code, _flat_code(12, d), atol=1e-5) else 'separable' if torch.allclose(code, position_code(range(2), 2, 3, d), atol=1e-5) else None
+    (t,h,w),d = getattr(model, 'pos_grid', (2, 2, 3)),model.embed_dim
+    code = model.position_code(range(t), h, w)
+    return 'flat' if torch.allclose(code, _flat_code(t*h*w, d), atol=1e-5) else 'separable' if torch.allclose(code, position_code(range(t), h, w, d), atol=1e-5) else None
 
 def _check_positions(model, want, table):
     "A complaint where the weights were trained with other positions than `model` adds, or None"
     if want and _counts(model) != want: return f'were trained with {want} positions, which {type(model).__name__} does not add: ' + (
         'load them into a VideoMAEViT' if want == 'flat' else 'load them into a VideoViT with mhca_blocks=0, class_token=False')
     if table is None: return
-    table,grid = table.reshape(-1, table.shape[-1]).float(),model.patch_embed.grid_size
-    if len(table) != math.prod(grid): return f'store positions of {len(table)} patches, and the model has {"x".join(map(str, grid))} = {math.prod(grid)}: build it with the img_size and num_frames of the weights; it may be fed other sizes then'
+    table,grid = table.reshape(-1, table.shape[-1]).float(),getattr(model, 'pos_grid', model.patch_embed.grid_size)
+    if len(table) != math.prod(grid): return f'store positions of {len(table)} patches, and the model has {"x".join(map(str, grid))} = {math.prod(grid)}: build it with the img_size and num_frames of the weights; it may be fed other sizes then, a VideoMAEViT with interpolate=True'
     if not torch.allclose(table, model.position_code(range(grid[0]), *grid[1:]).to(table), atol=1e-4): return 'store a table of positions, learned perhaps, that is not the fixed one of the model'
 
 def load_checkpoint(
