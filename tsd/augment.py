@@ -143,7 +143,7 @@ def _factor(s): return max(.1, 1 + .9*s)
 def _solarize(x, t): return x ^ x.ge(t).byte().mul_(255) if t < 256 else x  # `VF.solarize`, by bits: many times faster
 
 # %% ../nbs/12_augment.ipynb #be038703
-RANDAUGMENT = dict(  # name → function of a byte clip (…,3,H,W) and a strength in [-1,1]
+RANDAUGMENT = dict(  # name → function of a byte clip (T,3,H,W) and a strength in [-1,1]
     AutoContrast=lambda x,s: VF.autocontrast(x.contiguous()),               # channels first, where extremes are found faster
     Equalize    =lambda x,s: VF.equalize(x),
     Invert      =lambda x,s: VF.invert(x),
@@ -154,7 +154,7 @@ RANDAUGMENT = dict(  # name → function of a byte clip (…,3,H,W) and a streng
     Color       =lambda x,s: VF.adjust_saturation(x, _factor(s)),
     Contrast    =lambda x,s: VF.adjust_contrast(x, _factor(s)),
     Brightness  =lambda x,s: VF.adjust_brightness(x, _factor(s)),
-    Sharpness   =lambda x,s: VF.adjust_sharpness(x, _factor(s)),
+    Sharpness   =lambda x,s: VF.adjust_sharpness(x.contiguous(memory_format=torch.channels_last), _factor(s)),   # ten times faster so
     ShearX      =lambda x,s: _affine(x, shear=[_shear(s),0.], center=[0,0]),
     ShearY      =lambda x,s: _affine(x, shear=[0.,_shear(s)], center=[0,0]),
     TranslateX  =lambda x,s: _affine(x, translate=[.45*s*x.shape[-1],0.]),

@@ -315,6 +315,7 @@ class VideoDL(TfmdDL):
         with keyed_rng(self.dataset.seed, self.dataset.epoch, len(self.dataset)) as rng: return rng.permutation(idxs).tolist()
 
     def new(self, dataset=None, cls=None, **kwargs):
+        "As fastai's; `bs` counts clips, and a loader that doesn't shuffle sees each video once"
         return super().new(dataset, cls, **{'bs':self.bs*self.repeats, 'repeats':self.repeats if kwargs.get('shuffle', self.shuffle) else 1, **kwargs})
 
     def create_item(self, i): return super().create_item(i) if self.repeats==1 else self.dataset.samples(i or 0, self.repeats)
