@@ -15,7 +15,7 @@ from tsd.data import Sampling, VideoDataLoaders
 from tsd.distill import Distill, DistillModel
 from tsd.evaluate import test_views as run_test, video_views
 from tsd.student import VideoViT
-from tsd.teachers import Teacher
+from tsd.teachers import Teacher, fingerprint
 from tsd.video import encode
 
 SMALL = dict(frames=4, stride=2, size=32, bs=4, num_workers=0)
@@ -91,8 +91,13 @@ def test_learner_with_repeats(clips):
     with learn.no_bar(): p,y = learn.get_preds(ds_idx=0)
     assert len(p) == 8 and y.tolist() == [dls.vocab.o2i[o.label] for o in dls.train_ds.items]    # each video once
 
+def test_a_teacher_prepared_with_repeats_is_another(clips):
+    teacher = Teacher(VideoViT(img_size=32, num_frames=4, patch_size=16, embed_dim=32, depth=1, num_heads=2, num_classes=2))
+    once,twice = (loaders(clips, bs=2*r, repeats=r) for r in (1,2))
+    assert once.train.bs == twice.train.bs == 2 and fingerprint(teacher, once) != fingerprint(teacher, twice)
+
 @pytest.mark.parametrize('kwargs, said', [(dict(repeats=3), 'bs is 4 and repeats is 3'), (dict(repeats=0), 'repeats is 0'), (dict(repeats=2, augment=None), 'augment None'),
-    (dict(erase=1.5), 'erase is 1.5'), (dict(magnitude=-1), 'magnitude is -1'), (dict(n_ops=-1), 'n is -1'), (dict(min_scale=2), 'min_scale is 2'),
+    (dict(erase=1.5), 'erase is 1.5'), (dict(magnitude=-1), 'magnitude is -1'), (dict(n_ops=-1), 'n_ops is -1'), (dict(min_scale=2), 'min_scale is 2'),
     (dict(flip_labels={'go':'come'}), "flip_labels names 'come'"), (dict(augment='distill', n_ops=2), "belong to augment='finetune'")])
 def test_bad_options(clips, kwargs, said):
     with pytest.raises(ValueError, match=said): loaders(clips, **{'augment':'finetune', **kwargs})

@@ -164,22 +164,22 @@ RANDAUGMENT = dict(  # name → function of a byte clip (T,3,H,W) and a strength
 class ClipRandAugment(v2.Transform):
     "RandAugment of a byte clip, the same draws for every frame: timm's `rand-m7-n4-mstd0.5-inc1` as it stands"
     def __init__(self,
-        n:int=4, # operations drawn, with replacement
+        n_ops:int=4, # operations drawn, with replacement
         magnitude:float=7, # mean strength, of 10
         std:float=.5, # its deviation
         p:float=.5, # probability that a drawn operation is applied
     ):
         super().__init__()
-        for k,v,most in ('n',n,math.inf),('magnitude',magnitude,10),('std',std,math.inf),('p',p,1):
+        for k,v,most in ('n_ops',n_ops,math.inf),('magnitude',magnitude,10),('std',std,math.inf),('p',p,1):
             if not 0 <= v <= most: raise ValueError(f'{k} is {v}: RandAugment needs 0 or more' + f', {most} at most'*(most < math.inf))
-        self.n,self.magnitude,self.std,self.p = n,magnitude,std,p
+        self.n_ops,self.magnitude,self.std,self.p = n_ops,magnitude,std,p
 
     def check_inputs(self, flat_inputs):
         if any(isinstance(o, Tensor) and o.dtype != torch.uint8 for o in flat_inputs): raise ValueError('RandAugment works on bytes: apply it before clips become floats')
 
     def make_params(self, flat_inputs):
         names,ops = list(RANDAUGMENT),[]
-        for _ in range(self.n):
+        for _ in range(self.n_ops):
             name,sign = names[torch.randint(len(names), ())],1 - 2*torch.randint(2, ()).item()
             s = min(max(self.magnitude + self.std*torch.randn(()).item(), 0), 10)/10
             if torch.rand(()) < self.p: ops.append((name, sign*s))
