@@ -28,7 +28,7 @@ import matplotlib.pyplot as plt
 # %% ../nbs/13_data.ipynb #884b9d6a
 from .video import decode, probe
 from .sampling import dense_indices, random_start, uniform_indices
-from .augment import centre_crop, train_transforms
+from .augment import centre_crop, flip_label_map, train_transforms
 
 # %% ../nbs/13_data.ipynb #b940276c
 def read_annotations(
@@ -249,25 +249,36 @@ def read(self:VideoDataset,
 
 # %% ../nbs/13_data.ipynb #e4e2774b
 @patch
+def clip(self:VideoDataset, i:int)->Tensor: # uint8 (T,C,H,W), before any crop
+    "The frames of video `i` that this epoch sees, from one decode"
+    with keyed_rng(self.seed, self.epoch, i) as rng: idx = self.sampling.indices(self.n_frames(i), None if self.tfm is None else rng)
+    return self.read(i, idx).permute(0,3,1,2)
+
+@patch
 def view(self:VideoDataset,
     i:int, # number of the item
-    k:int=0, # number of the view: with chance, different k are different views of the same epoch
+    k:int=0, # number of the view: with chance, different k are different augmentations of the same frames
+    video:Tensor=None, # `clip(i)`, where it's at hand
 )->tuple: # uint8 (C,T,size,size), class name
-    "One clip of video `i` and its class name, which a flip may have exchanged"
-    label = self.items[i].label
-    if self.tfm is None:
-        video = self.read(i, self.sampling.indices(self.n_frames(i)))
-        video = centre_crop(video.permute(0,3,1,2), self.sampling.size)
+    "One view of video `i` and its class name, which a flip may have exchanged"
+    video,label = self.clip(i) if video is None else video, self.items[i].label
+    if self.tfm is None: video = centre_crop(video, self.sampling.size)
     else:
-        with keyed_rng(self.seed, self.epoch, i, k) as rng:
-            video = self.read(i, self.sampling.indices(self.n_frames(i), rng))
-            video,label = self.tfm(video.permute(0,3,1,2), label)
+        with keyed_rng(self.seed, self.epoch, i, k): video,label = self.tfm(video, label)
     return VideoClip(video.transpose(0,1)),label
 
 @patch
-def __getitem__(self:VideoDataset, i):
-    clip,label = self.view(i)
-    return (clip,) if label is None else (clip, self.vocab.o2i[label])
+def samples(self:VideoDataset,
+    i:int, # number of the item
+    n:int=1, # how many views, from 0
+)->list: # of (clip, class number), or (clip,) where the class isn't known
+    "Views of video `i` as a batch takes them, from one decode"
+    video = self.clip(i)
+    views = [self.view(i, k, video if n==1 else video.clone()) for k in range(n)]   # a clone, lest an own transform changes what the next view sees
+    return [(clip,) if label is None else (clip, self.vocab.o2i[label]) for clip,label in views]
+
+@patch
+def __getitem__(self:VideoDataset, i): return self.samples(i)[0]
 
 # %% ../nbs/13_data.ipynb #735e337b
 @patch
@@ -291,7 +302,9 @@ class ClipNormalize(DisplayedTransform):
 # %% ../nbs/13_data.ipynb #78dd1fa9
 class VideoDL(TfmdDL):
     "A loader whose order depends on the data set's seed and epoch alone"
-    def __init__(self, dataset, bs=8, num_workers=0, timeout=300, **kwargs):
+    def __init__(self, dataset, bs=8, num_workers=0, timeout=300, repeats=1, **kwargs):
+        if repeats < 1 or bs % repeats: raise ValueError(f'bs is {bs} and repeats is {repeats}: a batch holds `repeats` views of each of its videos, so bs must be a multiple of repeats')
+        self.repeats,bs = repeats,bs//repeats   # clips → videos, which is what a loader counts
         super().__init__(dataset, bs=bs, num_workers=num_workers, timeout=timeout if num_workers else 0, **kwargs)
 
     def before_iter(self):
@@ -300,6 +313,13 @@ class VideoDL(TfmdDL):
 
     def shuffle_fn(self, idxs):
         with keyed_rng(self.dataset.seed, self.dataset.epoch, len(self.dataset)) as rng: return rng.permutation(idxs).tolist()
+
+    def new(self, dataset=None, cls=None, **kwargs):
+        "As fastai's; `bs` counts clips, and a loader that doesn't shuffle sees each video once"
+        return super().new(dataset, cls, **{'bs':self.bs*self.repeats, 'repeats':self.repeats if kwargs.get('shuffle', self.shuffle) else 1, **kwargs})
+
+    def create_item(self, i): return super().create_item(i) if self.repeats==1 else self.dataset.samples(i or 0, self.repeats)
+    def do_batch(self, items): return super().do_batch(items if self.repeats==1 else [view for o in items for view in o])
 
     def create_batch(self, samples):
         x = torch.stack([o[0].as_subclass(Tensor).permute(1,2,3,0) for o in samples])   # (B,T,H,W,C), as decoded frames lie in memory
@@ -343,6 +363,7 @@ def fill_cache(self:VideoDataLoaders,
 
 # %% ../nbs/13_data.ipynb #b7f6fe80
 @patch(cls_method=True)
+@delegates(train_transforms, but=['kind'])
 def from_df(cls:VideoDataLoaders,
     df:pd.DataFrame, # a row for each clip
     path='.', # what relative paths are relative to; exports go there too
@@ -352,8 +373,9 @@ def from_df(cls:VideoDataLoaders,
     bs:int=8, # clips in a batch
     mode:str='dense', # 'dense' (Kinetics) or 'uniform' (Something-Something)
     augment='distill', # 'distill', 'finetune', an own transform (video, label) → (video, label), or None
-    flip:bool=None, # mirror clips; None: as the recipe says (fine-tuning does; not right for Something-Something)
-    flip_labels:dict=None, # class → class of the mirrored clip: switches flips on and makes them right
+    flip:bool=None, # mirror clips; None: as the recipe says (fine-tuning does), but not where class names tell left from right, as Something-Something's do
+    flip_labels=None, # class → class of the mirrored clip, or True for the pairs that `flip_label_map` finds: switches flips on and makes them right
+    repeats:int=1, # views of each video in a training batch, from one decode (recipe for fine-tuning: 2); the batch holds bs/repeats videos
     valid_pct:float=None, # share of the training groups to hold out, where no clip is marked valid
     vocab=None, # class names in order; None: the training labels, sorted
     seed:int=0, # of all chance
@@ -370,27 +392,35 @@ def from_df(cls:VideoDataLoaders,
     label_col:str='label', # column of the class name
     split_col:str='split', # column of the split: train, valid, test; it may be absent
     group_col:str='group', # column of the recording a clip comes from; it may be absent
+    **kwargs
 ):
     "Loaders of the clips in a table; ValueError and FileNotFoundError say what is wrong with it"
     parts = split_table(drop_missing(tidy_table(df, path, path_col, label_col, split_col, group_col), max_missing), valid_pct, seed)
     names = class_map(parts, vocab)
-    if bs < 1 or bs > len(parts['train']): raise ValueError(f"bs is {bs}, and there are {len(parts['train'])} training clips: a batch must not be larger than the training set")
+    if bs < 1 or bs//max(repeats, 1) > len(parts['train']): raise ValueError(f"bs is {bs}, and there are {len(parts['train'])} training clips: a batch must not hold more videos than the training set")
     sampling = Sampling(frames, stride, size, mode, short_side)
-    tfm = _training_tfm(augment, size, flip, flip_labels, names)
+    tfm = _training_tfm(augment, size, flip, flip_labels, names, **kwargs)
+    if repeats > 1 and tfm is None: raise ValueError(f'repeats is {repeats}, and augment None: the views of a video would all be the same')
     dsets = [VideoDataset(map(VideoItem, o.path, o.label), names, sampling, tfm if part=='train' else None, seed, backend) for part,o in parts.items()]
     if num_workers is None: num_workers = 0 if cache else min(16, defaults.cpus)
-    dls = cls.from_dsets(*dsets, path=path, bs=bs, device=device or default_device(), dl_type=VideoDL, num_workers=num_workers, after_batch=ClipNormalize(mean, std))
+    dls = cls.from_dsets(*dsets, path=path, bs=bs, device=device or default_device(), dl_type=VideoDL, num_workers=num_workers, repeats=(repeats,*[1]*(len(dsets)-1)), after_batch=ClipNormalize(mean, std))
     if cache: dls.fill_cache(cache_gb)
     return dls
 
 # %% ../nbs/13_data.ipynb #52091d8c
-def _training_tfm(augment, size, flip, flip_labels, names):
-    "What `augment` stands for; a ValueError where a flip's classes aren't those of the data"
-    unknown = [o for pair in (flip_labels or {}).items() for o in pair if o not in names.o2i]
+def _training_tfm(augment, size, flip, flip_labels, names, **kwargs):
+    "What `augment` stands for; a ValueError where a flip doesn't fit the classes, or options don't fit `augment`"
+    sided = flip_label_map(names)
+    if flip_labels is True: flip,flip_labels = flip is not False,sided
+    if not isinstance(augment, str):
+        if flip or flip_labels or kwargs: raise ValueError(f"{', '.join(kwargs) or 'flip and flip_labels'} belong to augment='distill' or 'finetune'; an own transform brings its own")
+        return augment
+    unknown = [o for pair in (flip_labels or {}).items() for o in pair if o is not None and o not in names.o2i]
     if unknown: raise ValueError(f"flip_labels names '{unknown[0]}', which isn't one of the {len(names)} classes")
-    if isinstance(augment, str): return train_transforms(size, augment, flip, flip_labels)
-    if flip or flip_labels: raise ValueError("flip and flip_labels belong to augment='distill' or 'finetune'; an own transform brings its own flip")
-    return augment
+    if sided and not flip_labels:
+        if flip: raise ValueError(f"flip=True would show '{next(iter(sided))}' mirrored, under its old name: use flip_labels=True, which exchanges classes that differ in left and right, or give a map")
+        flip = False
+    return train_transforms(size, augment, flip, flip_labels, **kwargs)
 
 # %% ../nbs/13_data.ipynb #ae5315fb
 @patch(cls_method=True)

@@ -56,7 +56,7 @@ class RunHistory(Callback):
         stage = two.stage.name if two is not None and two.stage is not None else self.run
         last = {k: v/max(self.n, 1) for k,v in self.sums.items()}
         valid = dict(zip(['valid_loss', *[m.name for m in self.learn.metrics]], self.learn.recorder.log[2:]))
-        values = {**last, **{k: v for k,v in valid.items() if isinstance(v, float)}, 'lr': self.opt.hypers[-1]['lr'], 'clips_per_second': self.n*self.dls.train.bs/self.seconds}
+        values = {**last, **{k: v for k,v in valid.items() if isinstance(v, float)}, 'lr': self.opt.hypers[-1]['lr'], 'clips_per_second': self.n*self.dls.train.bs*getattr(self.dls.train, 'repeats', 1)/self.seconds}
         rows = [dict(run=self.run, stage=stage, epoch=self.epoch+1, step=self.learn.train_iter, metric=k, value=float(v)) for k,v in values.items()]
         self.rows += rows
         self.learn.history = pd.DataFrame(self.rows)
