@@ -37,7 +37,8 @@ def _row(df, i):
 
 def _column(df, name, what):
     "The column `name` as text; a ValueError where it's missing or has gaps"
-    if name not in df.columns: raise ValueError(f"{df.attrs.get('file', 'the table')}: no column '{name}' for the {what}: the columns are {', '.join(map(str, df.columns))}; name the right one with {what}_col=")
+    if name not in df.columns:
+        raise ValueError(f"{df.attrs.get('file', 'the table')}: no column '{name}' for the {what}: the columns are {', '.join(map(str, df.columns))}; name the right one with {what}_col=")
     col = df[name]
     gaps = (col.isna() | (col.astype(str).str.strip()=='')).values
     if gaps.any(): raise ValueError(f"{_row(df, int(np.argmax(gaps)))} has no {what} (column '{name}'); {int(gaps.sum())} such rows: fill or drop them")
@@ -58,11 +59,13 @@ def tidy_table(
     res['path'] = [Path(path)/p for p in _column(df, path_col, 'path')]
     if split_col in df.columns:
         names = _column(df, split_col, 'split').str.strip().str.lower()
-        if (bad := ~names.isin(list(SPLITS)).values).any(): raise ValueError(f"{_row(df, int(np.argmax(bad)))}: unknown split '{names.values[np.argmax(bad)]}' in column '{split_col}': write train, valid or test")
+        bad = ~names.isin(list(SPLITS)).values
+        if bad.any(): raise ValueError(f"{_row(df, int(np.argmax(bad)))}: unknown split '{names.values[np.argmax(bad)]}' in column '{split_col}': write train, valid or test")
         res['split'] = names.map(SPLITS).values
     if (twice := res.duplicated(['path','split']).values).any():
         i = int(np.argmax(twice))
-        raise ValueError(f"{_row(df, i)}: {res.path[i]} is listed already, in {_row(df, int(np.argmax((res.path==res.path[i]) & (res.split.isna() | (res.split==res.split[i])))))}: a split has a video once, so drop one of the two ({int(twice.sum())} such rows)")
+        first = int(np.argmax((res.path==res.path[i]) & (res.split.isna() | (res.split==res.split[i]))))
+        raise ValueError(f'{_row(df, i)}: {res.path[i]} is listed already, in {_row(df, first)}: a split has a video once, so drop one of the two ({int(twice.sum())} such rows)')
     res['group'] = _column(df, group_col, 'group').values if group_col in df.columns else res.path.astype(str)
     return res
 
@@ -124,7 +127,8 @@ def drop_missing(
 )->dict: # name → the rows whose video is there
     "Counts the videos that don't exist: one warning, or a FileNotFoundError above `max_missing`"
     df = pd.concat(parts.values())
-    with ThreadPoolExecutor(16) as pool: there = np.array(list(pool.map(Path.is_file, df.path)), bool)   # a file system far away answers many questions at once
+    def exist(i): return [o.is_file() for o in df.path.values[i:i+1000]]
+    with ThreadPoolExecutor(16) as pool: there = np.concatenate(list(pool.map(exist, range(0, len(df), 1000))))   # a file system far away answers many questions at once
     n,pct = (~there).sum(),(~there).mean()
     if not n: return parts
     msg = f'{n} of {len(df)} videos ({pct:.1%}) do not exist, the first is {df.path.values[np.argmin(there)]}'
@@ -523,7 +527,8 @@ def clip_table(self:VideoDataLoaders,
     sample:int=None, # how many videos of each split to probe, drawn at random; None: all
 )->pd.DataFrame: # split, path, label, group; seconds, fps and size ('320x240') where probed; unreadable: why not
     "A row for each clip; what a probe told is kept, and a probe that is stopped goes on where it was"
-    df = pd.concat([pd.DataFrame([(k,o.path,o.label,o.group) for o in dl.dataset.items], columns=['split','path','label','group']) for k,dl in zip(('train','valid','test'), self.loaders)], ignore_index=True)
+    rows = [(k,o.path,o.label,o.group) for k,dl in zip(('train','valid','test'), self.loaders) for o in dl.dataset.items]
+    df = pd.DataFrame(rows, columns=['split','path','label','group'])
     asked = df if sample is None else pd.concat([g.sample(min(sample, len(g)), random_state=self.train_ds.seed) for _,g in df.groupby('split')])
     infos = vars(self).setdefault('_infos', {})
     new = [o for o in dict.fromkeys(asked.path) if o not in infos]
@@ -541,7 +546,7 @@ def clip_table(self:VideoDataLoaders,
 def summary_table(self:VideoDataLoaders,
     sample:int=None, # how many videos of each split to probe, drawn at random; None: all
 )->pd.DataFrame: # a row for each split
-    "Clips, classes and groups; durations (s), the most common size and rate, and hours, scaled up from the sample; videos missing from the start, and unreadable ones among the `probed`"
+    "Clips, classes, groups; lengths (s), the most common size and rate, hours (scaled up from a sample); videos that did not exist; how many were probed, and unreadable ones among them"
     df,res = self.clip_table(sample),{}
     for split,g in df.groupby('split', sort=False):
         s,bad = g.seconds.dropna(),g.unreadable.notna().sum()
