@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'VIDEO_SUFFIXES', 'read_annotations', 'tidy_table', 'hold_out', 'split_table', 'class_map', 'drop_missing',
-           'Sampling', 'keyed_rng', 'VideoClip', 'VideoItem', 'VideoDataset', 'ClipNormalize', 'VideoDL',
+           'skip_listed', 'Sampling', 'keyed_rng', 'VideoClip', 'VideoItem', 'VideoDataset', 'ClipNormalize', 'VideoDL',
            'VideoDataLoaders', 'folder_table']
 
 # %% ../nbs/13_data.ipynb #b4b623cf
@@ -27,6 +27,7 @@ import matplotlib.pyplot as plt
 
 # %% ../nbs/13_data.ipynb #884b9d6a
 from .video import decode, probe
+from .frames import FrameCache, frame_bytes
 from .sampling import dense_indices, random_start, uniform_indices
 from .augment import centre_crop, train_transforms
 
@@ -138,6 +139,24 @@ def drop_missing(
     warnings.warn(f'{msg}: they are left out')
     return df[there].reset_index(drop=True)
 
+# %% ../nbs/13_data.ipynb #e1e5c14c
+def skip_listed(
+    df:pd.DataFrame, # tidy rows
+    report, # CSV file of `tsd doctor`: path, problem, detail, severity
+    path='.', # what its relative paths are relative to
+)->pd.DataFrame: # without the training clips it lists as errors
+    "Counts the training clips that a report lists with severity error, and leaves them out: one warning"
+    if not Path(report).is_file(): raise FileNotFoundError(f'{report}: no such report: write it with tsd doctor')
+    try: listed = pd.read_csv(report, dtype=str, keep_default_na=False)
+    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError): listed = pd.DataFrame()
+    if not {'path','severity'} <= set(listed.columns): raise ValueError(f"{report}: not a report of tsd doctor, its columns are {', '.join(listed.columns) or 'none'}")
+    bad = {Path(path)/p for p in listed.path[(listed.severity=='error') & (listed.path!='')]}
+    if not bad: return df
+    train = ~df.split.isin(['valid','test'])
+    out = train & df.path.isin(bad)
+    warnings.warn(f'{out.sum()} of {train.sum()} training clips ({out.sum()/max(1, train.sum()):.1%}) are left out: {report} lists them')
+    return df[~out].reset_index(drop=True)
+
 # %% ../nbs/13_data.ipynb #d54db4b2
 @dataclass(frozen=True)
 class Sampling:
@@ -234,17 +253,17 @@ class VideoDataset:
 @patch
 def n_frames(self:VideoDataset, i:int)->int:
     "How many frames video `i` has"
-    path = self.items[i].path
-    return len(self.cache[path]) if path in self.cache else probe(path).frames
+    kept = self.cache.get(path := self.items[i].path)
+    return probe(path).frames if kept is None else len(kept)
 
 @patch
 def read(self:VideoDataset,
     i:int, # number of the item
     indices, # frames wanted, (T,)
 )->Tensor: # uint8 (T,H,W,C), the short side as `sampling` says
-    "Frames of video `i`, from memory or from its file"
-    path = self.items[i].path
-    if path in self.cache: return self.cache[path].index_select(0, torch.as_tensor(indices))   # a memory copy; indexing goes byte by byte
+    "Frames of video `i`, from the cache or from its file"
+    kept = self.cache.get(path := self.items[i].path)
+    if kept is not None: return kept.index_select(0, torch.as_tensor(indices))   # a memory copy; indexing goes byte by byte
     return decode(path, indices, self.backend, self.sampling.short_side)
 
 # %% ../nbs/13_data.ipynb #e4e2774b
@@ -327,19 +346,22 @@ class VideoDataLoaders(DataLoaders):
 # %% ../nbs/13_data.ipynb #cf894c15
 @patch
 def fill_cache(self:VideoDataLoaders,
-    gb:float=8., # memory that may be used, GB
+    gb:float=8., # memory, or space in `folder`, that may be used, GB
+    folder=None, # keep the frames in files there; None: in memory
 ):
-    "Decode every video once and keep its frames; a MemoryError before anything is decoded where they don't fit"
+    "Decode every video once and keep its frames; an error before anything is decoded where they don't fit: MemoryError, or OSError on a full disk"
     ds = self.train_ds
     side,paths = ds.sampling.short_side,sorted({o.path for dl in self.loaders for o in dl.dataset.items})
     with ThreadPoolExecutor(defaults.cpus) as pool:
         infos = list(pool.map(probe, paths))
-        need = sum(o.frames*side*int(side*max(o.height, o.width)/min(o.height, o.width))*3 for o in infos)/1e9
-        if need > gb: raise MemoryError(f'the frames of {len(paths)} videos take {need:.3g} GB at a short side of {side}, and cache_gb is {gb}: raise it, lower short_side, or use cache=False')
-        read = lambda o: decode(o.path, range(o.frames), ds.backend, side)
-        cache = dict(zip(paths, tqdm(pool.map(read, infos), 'decoding', len(paths), unit='video')))
+        need = sum(frame_bytes(o, side) for o in infos)/1e9
+        if folder is not None: (cache := FrameCache(folder, side, ds.backend)).fill(infos, gb, pool)
+        elif need > gb: raise MemoryError(f'the frames of {len(paths)} videos take {need:.3g} GB at a short side of {side}, and cache_gb is {gb}: raise it, lower short_side, name a folder (cache=...), or use cache=False')
+        else:
+            read = lambda o: decode(o.path, range(o.frames), ds.backend, side)
+            cache = dict(zip(paths, tqdm(pool.map(read, infos), 'decoding', len(paths), unit='video', disable=None)))
     for dl in self.loaders: dl.dataset.cache = cache
-    print(f'{len(cache)} videos, {sum(o.frames for o in infos)} frames kept in memory: {need:.3g} GB')
+    print(f"{len(paths)} videos, {sum(o.frames for o in infos)} frames kept in {'memory' if folder is None else folder}: {need:.3g} GB")
 
 # %% ../nbs/13_data.ipynb #b7f6fe80
 @patch(cls_method=True)
@@ -361,9 +383,10 @@ def from_df(cls:VideoDataLoaders,
     mean=IMAGENET_DEFAULT_MEAN, # of the network's normalisation
     std=IMAGENET_DEFAULT_STD, # of the network's normalisation
     max_missing:float=0., # share of the videos that may be missing
-    cache:bool=False, # decode every video once and keep its frames
-    cache_gb:float=8., # memory the cache may use, GB
-    num_workers:int=None, # processes; None: none with a cache, else a process for each core, 16 at most
+    skip=None, # report of `tsd doctor`: the videos it lists as errors are left out of training
+    cache=False, # True: decode every video once and keep its frames in memory; a folder: on disk
+    cache_gb:float=8., # memory or disk space the cache may use, GB
+    num_workers:int=None, # processes; None: none with a cache in memory, else a process for each core, 16 at most
     backend:str='auto', # of `decode`
     device=None, # None: fastai's default
     path_col:str='path', # column of the video's path
@@ -372,15 +395,17 @@ def from_df(cls:VideoDataLoaders,
     group_col:str='group', # column of the recording a clip comes from; it may be absent
 ):
     "Loaders of the clips in a table; ValueError and FileNotFoundError say what is wrong with it"
-    parts = split_table(drop_missing(tidy_table(df, path, path_col, label_col, split_col, group_col), max_missing), valid_pct, seed)
+    df = tidy_table(df, path, path_col, label_col, split_col, group_col)
+    if skip is not None: df = skip_listed(df, skip, path)
+    parts = split_table(drop_missing(df, max_missing), valid_pct, seed)
     names = class_map(parts, vocab)
     if bs < 1 or bs > len(parts['train']): raise ValueError(f"bs is {bs}, and there are {len(parts['train'])} training clips: a batch must not be larger than the training set")
     sampling = Sampling(frames, stride, size, mode, short_side)
     tfm = _training_tfm(augment, size, flip, flip_labels, names)
     dsets = [VideoDataset(map(VideoItem, o.path, o.label), names, sampling, tfm if part=='train' else None, seed, backend) for part,o in parts.items()]
-    if num_workers is None: num_workers = 0 if cache else min(16, defaults.cpus)
+    if num_workers is None: num_workers = 0 if cache is True else min(16, defaults.cpus)
     dls = cls.from_dsets(*dsets, path=path, bs=bs, device=device or default_device(), dl_type=VideoDL, num_workers=num_workers, after_batch=ClipNormalize(mean, std))
-    if cache: dls.fill_cache(cache_gb)
+    if cache: dls.fill_cache(cache_gb, None if cache is True else cache)
     return dls
 
 # %% ../nbs/13_data.ipynb #52091d8c
