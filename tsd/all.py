@@ -15,6 +15,7 @@ from .sampling import *
 from .augment import *
 from .frames import *
 from .data import *
+from .doctor import *
 from .tinyclips import *
 from .distill import *
 from .schedule import *
