@@ -43,7 +43,7 @@ class RunHistory(Callback):
     def __init__(self,
         path=None,  # CSV file to append to
         run='run'): # name of the run in the records
-        self.path,self.run = path and Path(path),run
+        self.path,self.name_of_run = path and Path(path),run   # `run` is fastai's switch
     def before_fit(self):
         self.rows,self.learn.history = [],pd.DataFrame()
         self.base = self.path.stat().st_size if self.path and self.path.exists() else 0   # bytes of other runs
@@ -56,11 +56,11 @@ class RunHistory(Callback):
     def after_train(self): self.seconds = time.perf_counter() - self.start
     def after_epoch(self):
         two = getattr(self.learn, 'two_stage', None)
-        stage = two.stage.name if two is not None and two.stage is not None else self.run
+        stage = two.stage.name if two is not None and two.stage is not None else self.name_of_run
         last = {k: v/max(self.n, 1) for k,v in self.sums.items()}
         valid = dict(zip(['valid_loss', *[m.name for m in self.learn.metrics]], self.learn.recorder.log[2:]))
         values = {**last, **{k: v for k,v in valid.items() if isinstance(v, float)}, 'lr': self.opt.hypers[-1]['lr'], 'clips_per_second': self.n*self.dls.train.bs/self.seconds}
-        rows = [dict(run=self.run, stage=stage, epoch=self.epoch+1, step=self.learn.train_iter, metric=k, value=float(v)) for k,v in values.items()]
+        rows = [dict(run=self.name_of_run, stage=stage, epoch=self.epoch+1, step=self.learn.train_iter, metric=k, value=float(v)) for k,v in values.items()]
         self.rows += rows
         self.learn.history = pd.DataFrame(self.rows)
         if self.path: pd.DataFrame(rows).to_csv(self.path, mode='a', header=not self.path.exists(), index=False)
