@@ -6,8 +6,8 @@
 __all__ = ['list_states', 'write_state', 'read_state', 'random_states', 'set_random_states', 'run_config', 'differences',
            'callback_states', 'set_callback_states', 'ExactResume']
 
-# %% ../nbs/23_resume.ipynb #aa63d912
-import errno, hashlib, json, re, signal, threading, time
+# %% ../nbs/23_resume.ipynb #959c875b
+import errno, hashlib, io, json, re, signal, threading, time
 from dataclasses import asdict, fields
 from fastai.callback.core import Callback, CancelEpochException
 from fastai.callback.schedule import ParamScheduler
@@ -29,11 +29,10 @@ def _plain(o):
     if isinstance(o, (np.ndarray, np.generic)): return o.tolist()
     return o
 
-# %% ../nbs/23_resume.ipynb #35df8e12
+# %% ../nbs/23_resume.ipynb #6a556c52
 _NAME = re.compile(r'checkpoint-(\d+)-(\d+)-([0-9a-f]{16})\.pt')
 
-def _sha(path):
-    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()[:16]
+def _sha(data): return hashlib.sha256(data).hexdigest()[:16]
 
 def list_states(
     folder, # of checkpoints
@@ -42,7 +41,7 @@ def list_states(
     found = [(tuple(map(int, m.groups()[:2])), p) for p in Path(folder).glob('checkpoint-*.pt') if (m := _NAME.fullmatch(p.name))]
     return [p for _,p in sorted(found, reverse=True)]
 
-# %% ../nbs/23_resume.ipynb #0a247c82
+# %% ../nbs/23_resume.ipynb #1141315a
 def write_state(
     state,  # what to keep: tensors, numbers, strings, in dicts and lists
     folder, # where
@@ -50,10 +49,11 @@ def write_state(
     batch,  # batches of that epoch that are done
 )->Path: # checkpoint-EPOCH-BATCH-DIGEST.pt
     "Write a checkpoint that is whole or not there; OSError where there is no room or no right to write"
-    part = Path(folder)/f'{os.getpid()}.part'
+    torch.save(_plain(state), data := io.BytesIO())
+    data,part = data.getbuffer(),Path(folder)/f'{os.getpid()}.part'
     try:
-        with open(part, 'wb') as f: torch.save(_plain(state), f); f.flush(); os.fsync(f.fileno())
-        path = part.with_name(f'checkpoint-{epoch:04}-{batch:06}-{_sha(part)}.pt')
+        with open(part, 'wb') as f: f.write(data); f.flush(); os.fsync(f.fileno())
+        path = part.with_name(f'checkpoint-{epoch:04}-{batch:06}-{_sha(data)}.pt')
         os.replace(part, path)
         if os.name == 'posix':                               # the name too must outlast a power cut
             fd = os.open(folder, os.O_RDONLY)
@@ -66,7 +66,7 @@ def write_state(
                       + (f'it goes on from {done[0].name}' if done else 'it has no checkpoint yet')) from e
     return path
 
-# %% ../nbs/23_resume.ipynb #de43d775
+# %% ../nbs/23_resume.ipynb #ae76087a
 def read_state(
     path, # of a checkpoint
 )->dict:
@@ -75,8 +75,9 @@ def read_state(
     if not path.is_file(): raise FileNotFoundError(f'{path}: no such checkpoint')
     name = _NAME.fullmatch(path.name)
     if not name: raise ValueError(f'{path}: not a checkpoint of ExactResume, which are named checkpoint-EPOCH-BATCH-DIGEST.pt')
-    if _sha(path) != name[3]: raise ValueError(f'{path} is damaged: its bytes do not match the digest in its name')
-    return torch.load(path, map_location='cpu', weights_only=True)
+    data = path.read_bytes()
+    if _sha(data) != name[3]: raise ValueError(f'{path} is damaged: its bytes do not match the digest in its name')
+    return torch.load(io.BytesIO(data), map_location='cpu', weights_only=True)
 
 # %% ../nbs/23_resume.ipynb #1e0a7947
 def random_states():
@@ -90,11 +91,11 @@ def set_random_states(
     random.setstate(s['python']); np.random.set_state(s['numpy']); torch.set_rng_state(s['torch'])
     if torch.cuda.is_available() and len(s.get('cuda', [])) == torch.cuda.device_count(): torch.cuda.set_rng_state_all(s['cuda'])
 
-# %% ../nbs/23_resume.ipynb #23434546
+# %% ../nbs/23_resume.ipynb #85f5d2a2
 _SETTINGS = dict(VideoMixup='alpha smoothing switch_prob', GradientClip='max_norm norm_type', Precision='dtype', MixedPrecision='amp_mode',
                  Accumulate='n', GradientAccumulation='n_acc', EMA='decay warmup', FiniteLoss='skip', Views='n')   # of callbacks that change the result
 
-def _text(o): return re.sub(r' at 0x[0-9a-f]+', '', str(o))                            # without addresses in memory
+def _text(o): return re.sub(r'\s+', ' ', re.sub(r' at 0x[0-9a-f]+', '', str(o)))       # without addresses in memory
 def _short(*o): return hashlib.sha256(repr(o).encode()).hexdigest()[:16]
 def _terms(o, *names): return {k: getattr(o, k) for k in names} | dict(teacher=o.teacher and f'{type(o.teacher.model).__name__} {_digest(o.teacher.model.state_dict())}')
 
@@ -117,17 +118,18 @@ def run_config(
         callbacks={k: {a: getattr(cbs[k], a) for a in v.split()} for k,v in _SETTINGS.items() if k in cbs})
     return json.loads(json.dumps(_plain(res), default=str))
 
-# %% ../nbs/23_resume.ipynb #f7a52ae6
+# %% ../nbs/23_resume.ipynb #7b5e2a20
 def differences(
     old,     # a configuration
     new,     # another
     name=''):# of what is compared
-    "A line for each value that differs"
+    "A line for each value that differs; of lists of numbers, for the first"
     if old == new: return []
     if isinstance(old, dict) and isinstance(new, dict):
         return [d for k in [*old, *(k for k in new if k not in old)] for d in differences(old.get(k), new.get(k), f'{name}.{k}' if name else k)]
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new) and old and isinstance(old[0], dict):
-        return [d for i,(a,b) in enumerate(zip(old, new)) for d in differences(a, b, f'{name}[{i}]')]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        each = [d for i,(a,b) in enumerate(zip(old, new)) for d in differences(a, b, f'{name}[{i}]')]
+        return each if isinstance(old[0], dict) else each[:1]
     return [f'{name}: {old} there, {new} here']
 
 # %% ../nbs/23_resume.ipynb #4b4550f6
