@@ -21,6 +21,8 @@ from .tinyclips import *
 from .distill import *
 from .schedule import *
 from .learner import *
+from .resume import *
 from .finetune import *
+from .training import *
 from .evaluate import *
 from .plots import *
