@@ -9,6 +9,7 @@ import pandas as pd
 import timm
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
 from fastai.callback.core import Callback
 from fastai.callback.progress import CSVLogger
 from fastai.callback.tracker import SaveModelCallback
@@ -61,18 +62,18 @@ class Bad(Callback):
 
 def train(folder, kind='two_stage', cbs=lambda: [], epochs=(2,2), states=None, history=True, **kw):
     "One process's share of a run, and what came of it"
-    r,w = rank_world()
     Clips.seen = []
     learn = learner(kind, **kw)
-    cbs = [Draws(), *([Distributed('cpu')] if dist.is_initialized() else []), *([ExactResume(folder/states, steps=1)] if states else []), *cbs()]
+    cbs = [Draws(), *([Distributed('cpu')] if 'RANK' in os.environ else []), *([ExactResume(folder/states, steps=1)] if states else []), *cbs()]
     path = folder/'history.csv' if history else None
     with learn.no_bar() if states else contextlib.nullcontext():
         if kind == 'two_stage': learn.fit_two_stage(*epochs, lr=1e-3, cbs=cbs, history=path)
         else: learn.fit_finetune(epochs[0], lr=1e-3, cbs=cbs, history=path)
+    r,w = rank_world()
     h = learn.history[learn.history.metric != 'clips_per_second']
     return dict(rank=r, world=w, history={f'{o.stage} {o.epoch} {o.metric}': o.value for o in h.itertuples()}, losses=[o.item() for o in learn.recorder.losses], values=[list(v) for v in learn.recorder.values],
                 weights={k: v.double().sum().item() for k,v in learn.student.state_dict().items()}, bits={k: v.flatten()[:50].tolist() for k,v in learn.student.state_dict().items()}, seen=Clips.seen,
-                drawn=learn.drawn, share=learn.dls.train.share, bs=learn.dls.train.bs, iters=learn.train_iter, chance=random_states()['torch'].sum().item(), writes=learn.run_history.path is not None if hasattr(learn, 'run_history') else None)
+                drawn=learn.drawn, share=learn.dls.train.share, bs=learn.dls.train.bs, iters=learn.train_iter, chance=random_states()['torch'].sum().item())
 
 def fork(f, folder, n, minutes=1.):
     "`f(folder)` in `n` processes of a group (none for n=0): exit statuses, results and what was printed, by rank"
@@ -115,6 +116,7 @@ def main(out):
     case('fad', ns=(0,1,2,4), loaders_kw=dict(bs=8))
     case('fpld', distill='fpld', epochs=(1,1))
     case('feature alone', label1=False, logit1=False, epochs=(1,1))
+    case('no workers', ns=(0,), epochs=(1,0))
     case('workers', ns=(2,), epochs=(1,0), loaders_kw=dict(num_workers=1))
     case('tuned', kind='finetune', epochs=(2,), loaders_kw=dict(bs=8, repeats=2), cbs=lambda: [EMA(.5), Accumulate(2), FiniteLoss()])
     case('one bad', epochs=(2,0), cbs=lambda: [FiniteLoss(skip=1), Bad(1, 1)], ns=(2,))
@@ -144,7 +146,14 @@ def main(out):
     res['refused alone'] = fork(lambda d: refuse(d, 'alone'), out/'refused alone', 0)()
     (out/'results.json').write_text(json.dumps(res))
 
+def launched(out):
+    "One process of torchrun: process 1 is killed in the first attempt, and a second attempt goes on from the checkpoint"
+    first = os.environ.get('TORCHELASTIC_RESTART_COUNT') == '0'
+    res = train(out, cbs=lambda: [Stop(1, 3, signal.SIGKILL)] if first else [], drop_path=.3, states='states')
+    (out/f'{res["rank"]}.json').write_text(json.dumps(res))
+    PartialState().destroy_process_group()
+
 if __name__ == '__main__':
     torch.set_num_threads(1)
     out = Path(sys.argv[1]); out.mkdir(parents=True, exist_ok=True)
-    main(out)
+    launched(out) if 'RANK' in os.environ else main(out)
