@@ -24,5 +24,6 @@ from .learner import *
 from .resume import *
 from .finetune import *
 from .training import *
+from .distributed import *
 from .evaluate import *
 from .plots import *
