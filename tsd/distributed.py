@@ -88,7 +88,9 @@ def average_grads(
 def share_weights(
     model): # a network
     "Give every process the weights and buffers that process 0 has"
-    for o in [*model.parameters(), *model.buffers()]: dist.broadcast(o.detach(), 0)
+    for o in [*model.parameters(), *model.buffers()]:
+        dist.broadcast(t := o.detach().contiguous(), 0)
+        o.detach().copy_(t)
 
 # %% ../nbs/28_distributed.ipynb #f3bff802
 class Distributed(Callback):
@@ -104,7 +106,7 @@ class Distributed(Callback):
     def before_fit(self):
         self.check()
         self.dls.to(self.device); self.model.to(self.device)
-        self.whole,self.tell = self.dls.loaders,self.learn.logger
+        self.whole,self.tell = [dl if dl.share == (0,1) else dl.new(share=(0,1)) for dl in self.dls.loaders],self.learn.logger   # shared still, after an error
         self.dls.loaders = [dl.new(share=(self.rank, self.world)) for dl in self.whole]
         if self.world == 1: return
         share_weights(self.model)
