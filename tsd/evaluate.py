@@ -7,7 +7,7 @@ __all__ = ['clip_views', 'video_views', 'Classifier', 'load_classifier', 'view_p
            'scores', 'dataset_fingerprint', 'test_views', 'predict']
 
 # %% ../nbs/30_evaluate.ipynb #45727c6d
-import glob, hashlib, json
+import contextlib, glob, hashlib, json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 import scipy.stats
@@ -84,7 +84,8 @@ def _of_teacher(t):
 def _of_file(path):
     if not path.exists(): raise FileNotFoundError(f'model {path} does not exist: give a file of save_student, or a folder of save_pretrained')
     meta = read_checkpoint(path)[1]
-    if path.is_dir() or meta['architecture'] != 'VideoViT' or 'digest' in meta: return _of_teacher(load_teacher(path))
+    if path.is_dir() or meta['architecture'] != 'VideoViT' or 'digest' in meta:
+        with contextlib.redirect_stdout(sys.stderr): return _of_teacher(load_teacher(path))           # huggingface_hub prints that it loads
     net,about = load_student(path)
     return Classifier(net, about['vocab'], Sampling(**about['sampling']) if 'sampling' in about else None, ClipNormalize(**about.get('norm', {})))
 
