@@ -82,7 +82,7 @@ def mcnemar(
     b,  # videos that only the first gets right
     c): # videos that only the second gets right
     "Exact two-sided p-value that as uneven a split, or a more uneven one, comes by chance"
-    return scipy.stats.binomtest(int(b), int(b+c)).pvalue if b+c else 1.
+    return float(scipy.stats.binomtest(int(b), int(b+c)).pvalue) if b+c else 1.
 
 # %% ../nbs/31_analysis.ipynb #036b3586
 def _below(df):

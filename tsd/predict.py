@@ -129,7 +129,7 @@ def plot_attention(
         top.imshow(frames[i]); top.set_title(f'frame {i+1}', fontsize=8)
         low.imshow(frames[i].mean(-1), cmap='gray')
         im = low.imshow(share[i//c.net.patch_embed.tubelet_size], cmap='inferno', alpha=.55, vmin=0, vmax=share.max(), extent=(-.5,size-.5,size-.5,-.5), interpolation='bilinear')
-    fig.colorbar(im, ax=axs[1].tolist(), fraction=.03, pad=.01).ax.tick_params(labelsize=6)
+    fig.colorbar(im, ax=axs.ravel().tolist(), fraction=.03, pad=.01).ax.tick_params(labelsize=6)
     if mhca:
         df,(ph,pw) = attention_centres(c.net),c.net.patch_embed.patch_size
         y,x = (ph*(size//ph//2)+ph/2, pw*(size//pw//2)+pw/2)                                          # middle of the query's patch
