@@ -13,7 +13,10 @@ from .fpld import *
 from .video import *
 from .sampling import *
 from .augment import *
+from .annotations import *
+from .frames import *
 from .data import *
+from .doctor import *
 from .tinyclips import *
 from .distill import *
 from .schedule import *

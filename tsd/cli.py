@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'options', 'resolve', 'add_demo', 'demo', 'add_study', 'study', 'add_prepare', 'prepare', 'add_bench',
-           'bench', 'add_test', 'test', 'add_compare', 'compare', 'add_predict', 'predict', 'parser', 'main']
+           'bench', 'add_test', 'test', 'add_compare', 'compare', 'add_predict', 'predict', 'add_doctor', 'doctor',
+           'add_prepare_data', 'prepare_data', 'parser', 'main']
 
 # %% ../nbs/50_cli.ipynb #addba571
 import argparse, shlex
@@ -107,7 +108,7 @@ def prepare(args, command):
 # %% ../nbs/50_cli.ipynb #8b4eef03
 def add_bench(p):
     "Options of `tsd bench`"
-    p.add_argument('name', help='mhca: plain, dense and folded attention; student: against Hugging Face; stages: a step of each at full size')
+    p.add_argument('name', help='mhca: plain, dense and folded attention; student: against Hugging Face; stages: a step of each at full size; data: decoding, loaders, tests, caches')
     p.add_argument('--out', help='CSV file to write (default runs/bench_NAME.csv)')
     p.add_argument('--repeats', type=int, default=5, help='rounds (default 5)')
     p.add_argument('--device', default='cpu', choices=('cpu','cuda'), help='where (default cpu)')
@@ -123,6 +124,7 @@ def _sampling(p):
     p.add_argument('--clips', type=int, default=5, help='clips a video, spread over its time (default 5; 2 is usual on Something-Something)')
     p.add_argument('--crops', type=int, default=3, choices=(1,3), help='crops a clip (default 3)')
     p.add_argument('--stride', type=int, help="video frames from one clip frame to the next (default the model's own; 4 for a model that does not know)")
+    p.add_argument('--classes', metavar='FILE', help='class names in the order of the logits, one a line, for a model that does not know them')
     p.add_argument('--mode', choices=('dense','uniform'), help="where clips take their frames (default the model's own)")
     p.add_argument('--device', help='such as cpu, cuda, cuda:1 (default cuda where there is one)')
 
@@ -130,10 +132,11 @@ def _classifier(args):
     "The model of `--model` on its device, with what options say of its sampling; joins the processes of torchrun"
     import torch.distributed as dist
     from dataclasses import replace
+    from tsd.annotations import read_classes
     from tsd.evaluate import load_classifier
     if int(os.environ.get('WORLD_SIZE', 1)) > 1 and not dist.is_initialized(): dist.init_process_group('gloo')
     if args.clips < 1: raise ValueError(f'--clips {args.clips} must be at least 1')
-    c = load_classifier(os.path.expandvars(args.model))
+    c = load_classifier(os.path.expandvars(args.model), vocab=args.classes and read_classes(args.classes))
     device = args.device or (f'cuda:{os.environ.get("LOCAL_RANK", 0)}' if torch.cuda.is_available() else 'cpu')
     try: c.net.to(device)
     except (RuntimeError, AssertionError) as e: raise ValueError(f'--device {device} cannot be used ({str(e).splitlines()[0]})') from e
@@ -234,6 +237,51 @@ def _draw(video, c, args):
         plot_timeline(probs, args.topk); plt.savefig(args.timeline, dpi=100); plt.close()
     if args.attention: plot_attention(video, c); plt.savefig(args.attention, dpi=100); plt.close()
 
+# %% ../nbs/50_cli.ipynb #2d292716
+def _columns(p, *names):
+    "Options for the names of a table's columns"
+    for o in names: p.add_argument(f'--{o}-col', default=o, help=f'column of the {o} (default {o})')
+
+def add_doctor(p):
+    "Options of `tsd doctor`"
+    a = p.add_argument
+    a('csv', help='CSV file of clips: path, label, and perhaps split and group')
+    a('--out', help='report to write: path, problem, detail, severity (default runs/doctor_NAME.csv)')
+    a('--quick', action='store_true', help="decode no more than each video's first frame")
+    a('--frames', type=int, default=16, help='in a clip (default 16)')
+    a('--stride', type=int, default=4, help='video frames from one clip frame to the next; 1 for uniform sampling (default 4)')
+    a('--imbalance', type=float, default=10., help='how many times larger than the smallest class the largest may be (default 10)')
+    a('--seconds', type=float, default=120., help='that one file may take (default 120)')
+    a('--workers', type=int, help='processes (default one for each core)')
+    _columns(p, 'path', 'label', 'split', 'group')
+
+def doctor(args, command):
+    from tsd import doctor as d
+    out = args.out or f'runs/doctor_{Path(args.csv).stem}.csv'
+    report = d.doctor(os.path.expandvars(args.csv), out, **{k:v for k,v in vars(args).items() if k in 'quick frames stride imbalance seconds workers path_col label_col split_col group_col'.split()})
+    for (severity,problem),n in report.value_counts(['severity','problem'], sort=False).items(): print(f'{severity:8} {problem:10} {n}')
+    print(f'{len(report)} findings are in {out}' if len(report) else 'nothing found')
+    return int((report.severity=='error').any())
+
+# %% ../nbs/50_cli.ipynb #5654b581
+def add_prepare_data(p):
+    "Options of `tsd prepare-data`"
+    a = p.add_argument
+    a('csv', help='CSV file of clips; it and its videos stay as they are')
+    a('out', help='folder for the new videos and the new CSV file')
+    for name,default,what in (('short-side', 256, 'of the new videos, at most, pixels'), ('gop', 12, 'frames from one keyframe to the next'), ('crf', 20, "x264's constant quality, 0 to 51"),
+                              ('min-psnr', 20., 'dB below which a new video is refused'), ('seconds', 600., 'that one video may take')):
+        a(f'--{name}', type=type(default), default=default, help=f'{what} (default {default})')
+    a('--workers', type=int, help='processes (default one for each core)')
+    _columns(p, 'path')
+
+def prepare_data(args, command):
+    from tsd import doctor as d
+    csv,opts = os.path.expandvars(args.csv),{k:v for k,v in vars(args).items() if k in 'short_side gop crf min_psnr seconds workers path_col'.split()}
+    report,new = d.prepare_data(csv, args.out, **opts),Path(args.out)/Path(csv).name
+    print(f'{new}: all rows of {csv}' + (f'; {len(report)} of its videos could not be made, {new.stem}_problems.csv says why' if len(report) else ''))
+    return int(len(report) > 0)
+
 # %% ../nbs/50_cli.ipynb #b7e62027
 COMMANDS = {'demo': (add_demo, demo, 'the whole method once: teachers, both stages, fine-tuning, test, table and figures'),
             'study': (add_study, study, 'four students that differ in their teachers only, over several seeds, to a CSV; goes on where it was stopped'),
@@ -241,6 +289,8 @@ COMMANDS = {'demo': (add_demo, demo, 'the whole method once: teachers, both stag
             'test': (add_test, test, 'test a model over several clips and crops a video, to a CSV with scores and figures; goes on where it was stopped'),
             'compare': (add_compare, compare, 'two tests of the same videos: difference with its interval, McNemar'),
             'predict': (add_predict, predict, 'the most probable classes of videos, a line each; timeline and attention of one'),
+            'doctor': (add_doctor, doctor, 'look for missing, damaged, duplicate and too short videos, and for splits that leak; goes on where it was stopped'),
+            'prepare-data': (add_prepare_data, prepare_data, 'encode videos anew with a small short side and close keyframes; goes on where it was stopped'),
             'bench': (add_bench, bench, 'time and memory as ratios to a named baseline, to a CSV')}
 
 def parser():
@@ -262,10 +312,11 @@ def main(
         from tsd import __version__
         print(__version__); return 0
     if args.command is None: top.print_help(); return 2
-    try: return COMMANDS[args.command][1](args, shlex.join(['tsd', *argv])) or 0
+    try: status = COMMANDS[args.command][1](args, shlex.join(['tsd', *argv]))
     except (ValueError, OSError, MemoryError, VideoError) as e:
         if args.traceback: raise
         said = str(e)
         if 'Original Traceback' in said: said = said.strip().splitlines()[-1].split(': ', 1)[-1]   # of a loader's process
         print(f'tsd: {said}', file=sys.stderr); return 1
     except KeyboardInterrupt: print('tsd: stopped', file=sys.stderr); return 130
+    return status or 0
