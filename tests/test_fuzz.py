@@ -141,7 +141,7 @@ def test_damaged_files_end_in_frames_or_a_named_error(tmp_path):
     assert count['frames'] > 30 and count['error'] > 30 and count.total() == 150
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_many_damaged_files(tmp_path):
     count, bad = fuzz(tmp_path, 150, 2650)
     print(dict(count))

@@ -92,7 +92,7 @@ def test_rates(shared):
     assert probe(shared/'clips/odd/newtonscradle.gif').duration == pytest.approx(.82, abs=.02) # frames at irregular times
     assert probe(shared/'clips/odd/test.mp4').duration == pytest.approx(10)
 
-@pytest.mark.parametrize('step', [80, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('step', [80, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
 def test_backends_agree_on_real_clips(shared, step, one_thread):
     if len(BACKENDS) < 2: pytest.skip('decord is not installed')
     rng, paths = np.random.default_rng(0), sorted((shared/'clips/ucf5').rglob('*.mp4'))[::step]
@@ -420,7 +420,7 @@ def test_nothing_stays_open(clip):
     gc.collect()
     assert (len(list(fds.iterdir())), len(list(threads.iterdir()))) == before
 
-@pytest.mark.parametrize('opens', [200, pytest.param(5000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('opens', [200, pytest.param(5000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
 def test_memory_does_not_grow(clip, tmp_path, opens):
     if not Path('/proc/self/statm').exists(): pytest.skip('needs /proc')
     def held(): return int(Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE') / 2**20 # MB
