@@ -187,7 +187,7 @@ def table_problems(
         out.append(('', 'group', f"group '{name}' is in more than one part: " + ', '.join(f'{p} {k}' for p,k in g.split.value_counts().items()), 'error'))
     return out
 
-# %% ../nbs/16_doctor.ipynb #6f6b19cf
+# %% ../nbs/16_doctor.ipynb #a66691c2
 def _stamp(path):
     "Size and time of change of a regular file; None where there is none"
     try: st = os.stat(path)
@@ -195,7 +195,10 @@ def _stamp(path):
     return (st.st_size, st.st_mtime_ns) if S_ISREG(st.st_mode) else (-1, st.st_mtime_ns)
 
 def _digest(path):
-    with open(path, 'rb') as f: return file_digest(f, 'sha256').hexdigest()
+    "Of a file's bytes; of one that can't be read, its name: `examine` says why"
+    try:
+        with open(path, 'rb') as f: return file_digest(f, 'sha256').hexdigest()
+    except OSError: return path
 
 def _contents(stamps, pool):
     "file → what tells its bytes apart from those of the others: a digest, and only where another file has the same size"
@@ -233,7 +236,7 @@ def _look(files, stamps, out, quick, workers, seconds):
             if not late: book.add(path=f, bytes=stamps[f][0], mtime_ns=stamps[f][1], quick=int(quick), frames=res[0], problem=res[1], detail=res[2])
     return found
 
-# %% ../nbs/16_doctor.ipynb #6a34eaab
+# %% ../nbs/16_doctor.ipynb #1d8838d6
 def doctor(
     csv, # CSV file of clips: path, label, and perhaps split and group
     out=None, # report to write; None: runs/doctor_NAME.csv
@@ -258,6 +261,7 @@ def doctor(
     t = tidy_table(df, csv.parent, path_col, label_col, split_col, group_col).assign(name=df[path_col])
     if out.exists() and out.samefile(csv): raise ValueError(f'{out}: is the table of clips itself: choose another place for the report')
     if out.is_dir(): raise ValueError(f'{out}: is a folder: name a file for the report')
+    if out.exists() and not out.read_bytes().startswith(','.join(REPORT).encode()): raise ValueError(f'{out}: exists, and is not a report of the doctor: choose another name')
     t['file'] = [os.path.abspath(p) for p in t.path]
     with ThreadPoolExecutor(16) as pool:
         files = list(dict.fromkeys(t.file))
@@ -386,7 +390,7 @@ def _make(files, stamps, to, out, book, how, min_psnr, workers, seconds):
             os.replace(part, out/to[f])
     return bad
 
-# %% ../nbs/16_doctor.ipynb #279ff804
+# %% ../nbs/16_doctor.ipynb #3814291f
 def prepare_data(
     csv, # CSV file of clips; it and its videos stay as they are
     out, # folder for the new videos and the new CSV file, which has the name of the old
@@ -408,7 +412,9 @@ def prepare_data(
     files = list(dict.fromkeys(paths))
     to,root = _targets(files, os.path.abspath(csv.parent))
     if out.resolve() in (csv.parent.resolve(), Path(root).resolve()): raise ValueError(f'{out}: is the folder of the originals: choose another for the new files')
-    with Ledger(out/f'{csv.stem}_prepared.csv', _MADE) as book, ThreadPoolExecutor(16) as pool:
+    ledger = out/f'{csv.stem}_prepared.csv'
+    if (out/csv.name).exists() and not ledger.exists(): raise ValueError(f'{out/csv.name}: exists, and is not of this command: choose an empty folder')
+    with Ledger(ledger, _MADE) as book, ThreadPoolExecutor(16) as pool:
         stamps = dict(zip(files, pool.map(_stamp, files)))
         bad = _make(files, stamps, to, out, book, dict(short_side=short_side, gop=gop, crf=crf), min_psnr, workers, seconds)
     _save(df.assign(**{path_col: [Path(to[p]).as_posix() for p in paths]}), out/csv.name)
