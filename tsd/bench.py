@@ -176,7 +176,7 @@ def moving_texture(
 
 def bench_set(
     path,     # folder to write to
-    videos=4,
+    videos=2,
     frames=300, height=256, width=340,
     gops=(12,250)):
     "Folders of the same videos, one for each distance of keyframes: gop → paths"
@@ -244,7 +244,7 @@ def _testing(path, sampling, repeats):
                     'once for all views': lambda: all_views(path, sampling, clips, crops)}, f'test, {clips*crops} view{"s"*(clips > 1)}', clips*crops, repeats) for clips,crops in ((1,1), (5,3))]
 
 # %% ../nbs/41_bench.ipynb #c84516ed
-def _loading(paths, sampling, repeats, folder, clips=16):
+def _loading(paths, sampling, repeats, folder, clips=8):
     "Rows for worker processes, and for frames that are kept: in memory and on disk"
     ds = VideoDataset([VideoItem(paths[i%len(paths)], 'a') for i in range(clips)], CategoryMap(['a','b']), sampling, train_transforms(sampling.size))
     def epoch(dl): return lambda: [None for _ in dl]
@@ -266,7 +266,7 @@ def bench_data(
     "Clips a second from files to loaders, one thread a process, a clip being what one view needs; with the UCF101 clips of $TSD_SHARED, where there are some. `cores`: how many would feed an H100, `cores_to_feed(clips_per_s)`"
     sampling = sampling or Sampling()
     uniform = Sampling(sampling.frames, size=sampling.size, mode='uniform')
-    real = sorted((Path(os.environ.get('TSD_SHARED', '../shared'))/'clips'/'ucf5').rglob('*.mp4'))[::80]
+    real = sorted((Path(os.environ.get('TSD_SHARED', '../shared'))/'clips'/'ucf5').rglob('*.mp4'))[::160]
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -187,7 +187,7 @@ def table_problems(
         out.append(('', 'group', f"group '{name}' is in more than one part: " + ', '.join(f'{p} {k}' for p,k in g.split.value_counts().items()), 'error'))
     return out
 
-# %% ../nbs/16_doctor.ipynb #a66691c2
+# %% ../nbs/16_doctor.ipynb #6f6b19cf
 def _stamp(path):
     "Size and time of change of a regular file; None where there is none"
     try: st = os.stat(path)
@@ -236,7 +236,7 @@ def _look(files, stamps, out, quick, workers, seconds):
             if not late: book.add(path=f, bytes=stamps[f][0], mtime_ns=stamps[f][1], quick=int(quick), frames=res[0], problem=res[1], detail=res[2])
     return found
 
-# %% ../nbs/16_doctor.ipynb #1d8838d6
+# %% ../nbs/16_doctor.ipynb #6a34eaab
 def doctor(
     csv, # CSV file of clips: path, label, and perhaps split and group
     out=None, # report to write; None: runs/doctor_NAME.csv
@@ -295,7 +295,7 @@ def even_size(
 def _strict_frames(path):
     "Every frame of a video, upright (H,W,3); a VideoError at the first fault"
     with _opened(path) as (box, stream):
-        stream.codec_context.options = dict(err_detect='explode')
+        stream.codec_context.options = stream.codec_context.options | dict(err_detect='explode')
         for p in box.demux(stream):
             if p.is_corrupt: raise VideoError(path, 'a packet is cut short: fetch it again')
             for frame in p.decode():
@@ -390,7 +390,7 @@ def _make(files, stamps, to, out, book, how, min_psnr, workers, seconds):
             os.replace(part, out/to[f])
     return bad
 
-# %% ../nbs/16_doctor.ipynb #3814291f
+# %% ../nbs/16_doctor.ipynb #279ff804
 def prepare_data(
     csv, # CSV file of clips; it and its videos stay as they are
     out, # folder for the new videos and the new CSV file, which has the name of the old
