@@ -307,7 +307,7 @@ def bench(
     device='cpu',  # or 'cuda'
     threads=None,  # torch's, on a CPU; default as it is
     command=''):   # that made the table, kept in it
-    "Run a benchmark and write its table, with the machine and the command"
+    "Run a benchmark and write its table, with the machine and the command, and where it has ratios a figure beside it"
     if name not in BENCHES: raise ValueError(f'there is no benchmark {name!r}: choose from {", ".join(BENCHES)}')
     if device == 'cuda' and not torch.cuda.is_available(): raise ValueError('--device cuda: torch sees no GPU here')
     if repeats < 1: raise ValueError(f'repeats = {repeats} must be at least 1')
@@ -318,6 +318,7 @@ def bench(
     finally: torch.set_num_threads(before)
     df = df.assign(device=torch.cuda.get_device_name() if device == 'cuda' else platform.machine(), threads=threads or before, torch=torch.__version__, command=command)
     df.round(5).to_csv(out, index=False)
+    if 'ratio' in df: plot_bench(df); plt.savefig(Path(out).with_suffix('.png'), dpi=100, bbox_inches='tight'); plt.close()
     return df
 
 def plot_bench(

@@ -56,13 +56,13 @@ class Settings:
     beta:float=1.              # its weight
     T:float=1.                 # temperature
     frame_stride:int=4         # stage 1 uses every n-th frame
-    stage1_epochs:int=8
-    stage2_epochs:int=26
+    stage1_epochs:int=14
+    stage2_epochs:int=36
     finetune_epochs:int=6
     lr:float=2e-3              # of both stages
     finetune_lr:float=3e-4
     views:int=None             # number of augmented views of a clip; None: a new one each epoch
-    bs:int=50
+    bs:int=25
     seed:int=0
     test:tuple=(1, 3)          # clips and crops of the multi-view test; a generated video is as long as one clip
 
@@ -243,7 +243,7 @@ def demo(
     last = views(final.student)
     res = pd.DataFrame([row('CNN teacher', teacher_views(cnn, dls, s)), row('Transformer teacher', teacher_views(vit, dls, s)), row('student without distillation', views(plain.student)),
                         row('student after stage 1', views(after1)), row('student after stage 2', views(learn.student)), row('student after fine-tuning', last)])
-    res.to_csv(out/'results.csv', index=False)
+    res.assign(seed=s.seed, command=command).to_csv(out/'results.csv', index=False)
     last['table'].to_csv(out/'predictions.csv', index=False)
     save_student(final.student, out/'student.safetensors', list(dls.vocab), sampling=asdict(dls.test.dataset.sampling), results=res.to_dict('records'))
     figures(out)

@@ -347,7 +347,7 @@ def fingerprint(
     clips = [[(os.path.relpath(o.path, dls.path), o.path.stat().st_size, o.label) for o in part.items] for part in (ds, dls.valid_ds)]
     flips = [getattr(o, 'label_map', None) for o in getattr(ds.tfm, 'transforms', [ds.tfm])]      # which str(tfm) leaves out
     about = [_about(teacher), [m.memo is not None for m in teacher.modules() if isinstance(m, Teacher)], settings,
-             clips, asdict(ds.sampling), str(ds.tfm), flips, ds.seed, ds._next_epoch, dls.train.bs, ds.backend]
+             clips, asdict(ds.sampling), str(ds.tfm), flips, ds.seed, ds._next_epoch, dls.train.bs, getattr(dls.train, 'repeats', 1), ds.backend]
     return hashlib.blake2b((_digest(state) + json.dumps(about, sort_keys=True)).encode(), digest_size=16).hexdigest()
 
 # %% ../nbs/03_teachers.ipynb #0be5d615
