@@ -363,7 +363,7 @@ def bench(
     finally: torch.set_num_threads(before)
     df = df.assign(device=torch.cuda.get_device_name() if device == 'cuda' else platform.machine(), threads=threads or before, torch=torch.__version__, command=command)
     df.round(5).to_csv(out, index=False)
-    if 'ratio' in df: plot_bench(df); plt.savefig(Path(out).with_suffix('.png'), dpi=100, bbox_inches='tight'); plt.close()
+    if 'ratio' in df: (plot_bench if 'mib_ratio' in df else plot_data)(df); plt.savefig(Path(out).with_suffix('.png'), dpi=100, bbox_inches='tight'); plt.close()
     return df
 
 def plot_bench(
