@@ -22,7 +22,9 @@ from .distill import *
 from .schedule import *
 from .learner import *
 from .cache import *
+from .resume import *
 from .finetune import *
+from .training import *
 from .evaluate import *
 from .analysis import *
 from .predict import *
