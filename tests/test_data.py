@@ -108,10 +108,11 @@ def test_other_column_names_and_folder(clips, tmp_path, monkeypatch):
     ('', ValueError, 'odd.csv: holds no clips'),
     ('path,label,split\n', ValueError, 'odd.csv: holds no clips'),
     ('path,split\na.mp4,train\n', ValueError, "no column 'label' .* the columns are path, split; name the right one with label_col="),
-    ('path;label\na.mp4;b\n', ValueError, "no column 'label'"),
+    ('path|label\na.mp4|b\n', ValueError, r"odd.csv, line 2: 'a.mp4\|b' is not a video's path .* a blank and a class; separate the columns by commas"),
     ('path,label\n"a.mp4,b\n', ValueError, 'not a CSV file'),
-    ('path,label\n,b\n', ValueError, 'row 0 has no path'),
-    ('path,label,split\na.mp4,b,trian\n', ValueError, "unknown split 'trian'"),
+    ('path,label\n\n,b\n', ValueError, 'odd.csv, line 3 has no path'),
+    ('path,label,split\na.mp4,b,trian\n', ValueError, "odd.csv, line 2: unknown split 'trian'"),
+    ('path,label\na.mp4,b\n\nc.mp4,b\n./a.mp4,c\n', ValueError, 'odd.csv, line 5: .*a.mp4 is listed already, in .*odd.csv, line 2'),
     ('path,label\na.mp4,b\n', FileNotFoundError, r'1 of 1 videos \(100.0%\) do not exist, the first is .*a.mp4'),
 ])
 def test_bad_tables(clips, text, error, said):
@@ -122,7 +123,7 @@ def test_not_a_table(clips):
     with pytest.raises(FileNotFoundError, match='nowhere.csv: no such file'): VideoDataLoaders.from_csv(root/'nowhere.csv')
     with pytest.raises(FileNotFoundError, match='no such file'): VideoDataLoaders.from_csv(root)
     (root/'film.csv').write_bytes(bytes(range(256))*20)
-    with pytest.raises(ValueError, match='film.csv: not a CSV file'): VideoDataLoaders.from_csv(root/'film.csv')
+    with pytest.raises(ValueError, match='film.csv: not a text file in UTF-8'): VideoDataLoaders.from_csv(root/'film.csv')
 
 def test_classes_that_do_not_fit(clips):
     root,df = clips

@@ -68,7 +68,7 @@ def test_demo_on_real_clips(tmp_path, tsd, shared):
 
 @pytest.mark.parametrize('words, said', [
     (['--data', 'absent.csv'], 'absent.csv'), (['--data', 'empty.csv'], 'empty.csv'), (['--data', 'unknown.csv'], 'dog'), (['--data', 'one.csv'], 'only one class'),
-    (['--data', 'broken.csv'], 'broken.mp4'), (['--size', '30'], '= 30'), (['--cnn', 'resnet1O1'], 'resnet101'),
+    (['--data', 'broken.csv'], 'broken.mp4: cannot be read'), (['--size', '30'], '= 30'), (['--cnn', 'resnet1O1'], 'resnet101'),
     (['--cnn', 'resnet18', '--cnn-weights', 'absent.pth'], 'absent.pth'), (['--cnn-weights', 'absent.pth'], '--cnn'), (['--kind', 'sport'], 'sport'), (['--embed-dim', '50'], 'embed_dim = 50')])
 def test_bad_input_is_one_clear_line(tmp_path, tsd, words, said):
     (tmp_path/'empty.csv').write_text('path,label,split\n')
@@ -76,7 +76,7 @@ def test_bad_input_is_one_clear_line(tmp_path, tsd, words, said):
     row = 'broken{}.mp4,{},{}\n'.format
     (tmp_path/'unknown.csv').write_text('path,label,split\n' + row('', 'cat', 'train') + row(1, 'cow', 'train') + row(2, 'dog', 'test'))
     (tmp_path/'one.csv').write_text('path,label,split\n' + row('', 'cat', 'train') + row(1, 'cat', 'train') + row(2, 'cat', 'test'))
-    (tmp_path/'broken.csv').write_text('path,label,split\n' + row('', 'cat', 'train') + row('', 'cow', 'train') + row('', 'cow', 'test'))
+    (tmp_path/'broken.csv').write_text('path,label,split\n' + row('', 'cat', 'train') + row(1, 'cow', 'train') + row(2, 'cow', 'test'))
     code, out, err = tsd('demo', *SMALL, *words, '--bs', 2)
     assert code == 1 and said in err and 'Traceback' not in err, err
 

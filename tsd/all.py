@@ -13,6 +13,7 @@ from .fpld import *
 from .video import *
 from .sampling import *
 from .augment import *
+from .annotations import *
 from .data import *
 from .tinyclips import *
 from .distill import *

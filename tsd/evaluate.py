@@ -12,6 +12,7 @@ from fastai.learner import Learner
 from tqdm import tqdm
 
 from .imports import *
+from .annotations import check_classes
 from .augment import centre_crop, three_crops
 from .checkpoints import load_student
 from .data import ClipNormalize, Sampling, VideoItem
@@ -69,6 +70,7 @@ def test_views(
     "Dict of top1, top5, expected, evaluated, unreadable, and `table`: path, label, pred and probability of every class, a row a video"
     if not len(items): raise ValueError('no videos to test on')
     if sampling is None or vocab is None: raise ValueError('test_views needs the sampling and the class names (vocab) that the model was trained with; learn.test_views() knows them')
+    check_classes(getattr(model, 'vocab', None), vocab, 'the model', 'test on its own classes, or fine-tune it for these')
     names = {n:i for i,n in enumerate(vocab)}
     if unknown := sorted({o.label for o in items} - set(names)): raise ValueError(f"class '{unknown[0]}' of the videos is not one of the model's {len(names)} classes")
     norm,device = norm or ClipNormalize(),device or next(model.parameters()).device

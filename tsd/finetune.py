@@ -15,6 +15,7 @@ from timm.layers import DropPath, calculate_drop_path_rates
 from timm.optim import param_groups_layer_decay
 
 from .imports import *
+from .annotations import check_classes
 from .augment import VideoMixup
 from .learner import RunHistory, adamw
 from .schedule import warmup_cosine
@@ -66,6 +67,8 @@ def finetune_learner(
     if reset_head is None: reset_head = model.num_classes != dls.c
     if reset_head: model.reset_classifier(dls.c)
     if model.num_classes != dls.c: raise ValueError(f'the student has {model.num_classes} classes and the data {dls.c}: reset_head must be True')
+    check_classes(getattr(model, 'vocab', None), dls.vocab, 'the student', 'pass reset_head=True for a new head')
+    model.vocab = list(dls.vocab)
     for blk,rate in zip(model.blocks, calculate_drop_path_rates(drop_path, len(model.blocks))):
         blk.drop_path1,blk.drop_path2 = (DropPath(rate) if rate else nn.Identity() for _ in range(2))
     if bool(mixup) != bool(cutmix): raise ValueError(f'mixup = {mixup} and cutmix = {cutmix}: give both, or 0 for both')

@@ -18,6 +18,7 @@ from fastai.optimizer import OptimWrapper
 from timm.optim import param_groups_weight_decay
 
 from .imports import *
+from .annotations import check_classes
 from .distill import Distill, DistillModel
 from .schedule import Stage, TwoStage, warmup_cosine
 from .teachers import check_teacher
@@ -134,6 +135,9 @@ def two_stage_learner(
     if vit is not None and vit.frame_wise: raise ValueError('stage 2: the teacher sees frames; it must be a Transformer over clips')
     student = create_student(arch, dls, distill, **kwargs)
     if student.num_classes != dls.c: raise ValueError(f'the student has {student.num_classes} classes and the data {dls.c}: call student.reset_classifier({dls.c})')
+    for name,o in {'the student': student, "stage 1's teacher": cnn, "stage 2's teacher": vit}.items():
+        check_classes(getattr(o, 'vocab', None), dls.vocab, name, f'call student.reset_classifier({dls.c})' if o is student else 'fit a head with prepare_teacher')
+    student.vocab = list(dls.vocab)
     def weights(label, logit, teacher): return dict(label=alpha if label and teacher else float(label), logit=(1-alpha)*logit if teacher else 0.)
     stages = [Stage('stage1', 0, cnn, **weights(label1, logit1, cnn), feature=distill, beta=beta, T=T, frame_stride=frame_stride, quarters=tuple(quarters)),
               Stage('stage2', 0, vit, **weights(label2, logit2, vit), T=T)]

@@ -158,6 +158,10 @@ class VideoViT(VisionTransformer, PyTorchModelHubMixin, library_name='tsd', pipe
         self.patch_embed.num_patches,self.config['img_size'] = math.prod(self.patch_embed.grid_size),img_size
 
     vocab = None            # class names, where they are known
+    def reset_classifier(self, num_classes, global_pool=None):
+        super().reset_classifier(num_classes, global_pool)
+        self.vocab = None   # a new head has other classes
+
     def save_pretrained(self, save_directory, **kwargs):
         "Write config.json and model.safetensors to a folder, class names with them where `vocab` is set; `push_to_hub` uploads the same"
         if self.vocab and len(self.vocab) != self.num_classes: raise ValueError(f'{len(self.vocab)} class names in vocab for {self.num_classes} classes')
