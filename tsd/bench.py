@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BENCHES', 'peak_bytes', 'compare', 'bench_mhca', 'bench_student', 'gmacs', 'stage_step', 'bench_stages', 'bench',
-           'plot_bench']
+           'plot_bench', 'cached', 'gflops', 'bench_cache']
 
 # %% ../nbs/41_bench.ipynb #45f1048f
 import platform, time
@@ -187,3 +187,50 @@ def plot_bench(
         for c in ax.containers: ax.bar_label(c, fmt='%.2f', fontsize=7, padding=2)
     sns.despine(); sns.move_legend(axs[1], 'upper left', bbox_to_anchor=(1,1), frameon=False, title='')
     return axs
+
+# %% ../nbs/41_bench.ipynb #b1399de4
+import tempfile
+from unittest.mock import patch
+
+from .cache import LogitStore, clip_keys, pack, teacher_identity
+
+# %% ../nbs/41_bench.ipynb #48afc028
+def cached(step, teacher, folder):
+    "`step` with the answers of `teacher` read from a new `LogitStore` in `folder`, which a first step fills, and `step` with them in memory"
+    device,forward = teacher.mean.device,teacher.forward
+    store = LogitStore(folder, teacher_identity(teacher, device) | dict(classes=teacher.num_classes, dtype='float32', topk=None))
+    def fill(x):
+        fill.out = forward(x)[0],None
+        store.add(pack(fill.out[0], clip_keys(x), store.kind, store.salt))
+        return fill.out
+    def read(x):
+        at = store.find(clip_keys(x).cpu())
+        if (at < 0).any(): raise ValueError('the view is not in the cache')
+        return store.read(at).to(device),None
+    def run(answer):
+        with patch.object(teacher, 'forward', answer): step()
+    store.enter(0); run(fill); store.enter(0)
+    return lambda: run(read), lambda: run(lambda x: fill.out)
+
+def gflops(f):
+    "Operations of `f()`, in 10⁹"
+    with FlopCounterMode(display=False) as count: f()
+    return count.get_total_flops()/1e9
+
+def bench_cache(
+    repeats=3,
+    device='cpu',
+    student=None,     # arguments of `VideoViT`; default ViT-S at 16 x 224 x 224
+    cnn='resnet101',
+    vit=None):        # arguments of `VideoMAEViT`; default ViT-B
+    "A step of stage 1 (TSD-fpld) and of stage 2 for one clip, with the teacher, with its answer from disk, and with its answer for nothing"
+    rows = []
+    for what,feature in (('stage 1, TSD-fpld','fpld'), ('stage 2',None)):
+        step,_,teacher = stage_step(feature, student or dict(img_size=224, num_frames=16), cnn, vit, device)
+        with tempfile.TemporaryDirectory() as tmp:
+            disk,memory = cached(step, teacher, tmp)
+            rows.append(compare({'teacher': step, 'cache': disk, 'no teacher': memory}, repeats, device).assign(what=what, gflops=[gflops(f) for f in (step, disk, memory)]))
+    df = pd.concat(rows, ignore_index=True)
+    return df.assign(speedup=1/df.ratio)
+
+BENCHES['cache'] = bench_cache

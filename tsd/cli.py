@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'options', 'resolve', 'add_demo', 'demo', 'add_study', 'study', 'add_prepare', 'prepare', 'add_bench',
-           'bench', 'parser', 'main']
+           'bench', 'add_cache', 'cache', 'parser', 'main']
 
 # %% ../nbs/50_cli.ipynb #addba571
 import argparse, shlex
@@ -117,10 +117,26 @@ def bench(args, command):
     from tsd import bench as b
     print(b.bench(args.name, args.out or f'runs/bench_{args.name}.csv', args.repeats, args.device, args.threads, command).drop(columns=['command','torch','device']).round(3).to_string(index=False))
 
+# %% ../nbs/50_cli.ipynb #27103bf8
+def add_cache(p):
+    "Options of `tsd cache`"
+    what = p.add_mutually_exclusive_group(required=True)
+    what.add_argument('--info', metavar='FOLDER', help='whose answers a TeacherCache holds, of how many views, their size, and how often they were of use')
+    what.add_argument('--verify', metavar='FOLDER', help='check every entry; the exit status is 1 where one is damaged')
+
+def cache(args, command):
+    from tsd.cache import cache_info, verify_cache
+    if args.info: print(cache_info(os.path.expandvars(args.info)).round(3).to_string(index=False)); return
+    df = verify_cache(os.path.expandvars(args.verify))
+    bad = df[df.damaged > 0]
+    print(f'{df.entries.sum()} entries in {len(df)} files are whole; {(df.unfinished > 0).sum()} files end in an entry that was never finished')
+    if len(bad): raise ValueError(f'{bad.damaged.sum()} damaged entries, in {", ".join(bad.file)}: they are never used but asked again; delete the files to free their space')
+
 # %% ../nbs/50_cli.ipynb #b7e62027
 COMMANDS = {'demo': (add_demo, demo, 'the whole method once: teachers, both stages, fine-tuning, test, table and figures'),
             'study': (add_study, study, 'four students that differ in their teachers only, over several seeds, to a CSV; goes on where it was stopped'),
             'prepare-teacher': (add_prepare, prepare, 'fit a CNN teacher to the classes of your clips, say how good it is, and keep it in a file'),
+            'cache': (add_cache, cache, 'look at or check the answers of teachers that a TeacherCache keeps'),
             'bench': (add_bench, bench, 'time and memory as ratios to a named baseline, to a CSV')}
 
 def parser():
