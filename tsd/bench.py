@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BENCHES', 'peak_bytes', 'compare', 'bench_mhca', 'bench_student', 'gmacs', 'stage_step', 'bench_stages', 'bench',
-           'plot_bench', 'cached', 'gflops', 'bench_cache']
+           'plot_bench', 'cached', 'gflops', 'bench_cache', 'bare_loop', 'bench_engine']
 
 # %% ../nbs/41_bench.ipynb #45f1048f
 import platform, time
@@ -42,16 +42,17 @@ def compare(
     fs,             # name → function without arguments; the first is the baseline
     repeats=5,      # rounds; each runs all of them in turn
     device='cpu',
-    memory=True):   # measure it too, in a run of its own
+    memory=True,    # measure it too, in a run of its own
+    clock=time.perf_counter): # `time.process_time` is not disturbed by other programs, but knows no GPU
     "A row for each of `fs`: median seconds and peak MiB, and both as ratios to the baseline's"
     sync = torch.cuda.synchronize if torch.device(device).type == 'cuda' else lambda: None
     mib = {k: peak_bytes(f, device)/2**20 if memory else np.nan for k,f in fs.items()}   # warms up as well
     seconds = {k: [] for k in fs}
     for _ in tqdm(range(repeats), '/'.join(fs), disable=None, leave=False):
         for k,f in fs.items():
-            sync(); start = time.perf_counter()
+            sync(); start = clock()
             f(); sync()
-            seconds[k].append(time.perf_counter() - start)
+            seconds[k].append(clock() - start)
     df = pd.DataFrame(dict(form=list(fs), seconds=[np.median(seconds[k]) for k in fs], mib=[mib[k] for k in fs]))
     return df.assign(ratio=df.seconds/df.seconds[0], mib_ratio=df.mib/df.mib[0], baseline=df.form[0], repeats=repeats)
 
@@ -234,3 +235,71 @@ def bench_cache(
     return df.assign(speedup=1/df.ratio)
 
 BENCHES['cache'] = bench_cache
+
+# %% ../nbs/41_bench.ipynb #f8f43517
+from copy import deepcopy
+from dataclasses import replace
+from fastai.torch_core import set_seed
+from timm.optim import param_groups_weight_decay
+
+from .data import ClipNormalize, Sampling, VideoDataLoaders
+from .learner import two_stage_learner
+from .schedule import warmup_cosine
+
+# %% ../nbs/41_bench.ipynb #a7f4b8aa
+class _Batches:
+    "A loader of batches that are made already"
+    def __init__(self, batches, size, frames, c, device):
+        self.batches,self.device,self.c,self.norm = batches,device,c,ClipNormalize()
+        self.bs = len(batches[0][0]) if batches else 0
+        self.sampling,self.vocab = Sampling(frames, 4, size),list(map(str, range(c)))
+    def __len__(self): return len(self.batches)
+    def __iter__(self): return iter(self.batches)
+
+class _MemoryLoaders(VideoDataLoaders):
+    @property
+    def norm(self): return self.train.norm
+
+def bare_loop(model, teacher, stage, batches, lr, warmup=.1):
+    "One epoch of `stage` in plain PyTorch; its mean loss"
+    core,norm = model.student,ClipNormalize()
+    opt = torch.optim.AdamW(param_groups_weight_decay(core, .05, no_weight_decay_list=core.no_weight_decay()), lr=lr, betas=(.9, .95))
+    sched,total,mean,std = warmup_cosine(lr, warmup),0.,norm.mean.to(batches[0][0].device),norm.std.to(batches[0][0].device)
+    model.train()
+    for i,(x,y) in enumerate(batches):
+        for g in opt.param_groups: g['lr'] = sched(i/len(batches))
+        zt,_ = teacher(x*std + mean)
+        loss,_ = stage_loss(model(x), y, zt, None, stage.label, stage.logit)
+        loss.backward()
+        opt.step()
+        opt.zero_grad(set_to_none=True)
+        total += loss.item()
+    return total/len(batches)
+
+def bench_engine(
+    repeats=5,
+    device='cpu',
+    student='tsd_vit_small_patch16_224', # or a network
+    size=112, frames=8, bs=2, steps=4,
+    vit=None,       # arguments of the teacher, a `VideoMAEViT`; default a ViT-S
+    classes=400):
+    "An epoch of stage 2 by `fit_stages`, with its callbacks, against one by `bare_loop`"
+    set_seed(0)
+    batches = [(torch.randn(bs, 3, frames, size, size, device=device), torch.randint(classes, (bs,), device=device)) for _ in range(steps)]
+    make = partial(_Batches, size=size, frames=frames, c=classes, device=device)
+    dls = _MemoryLoaders(make(batches), make([]), device=device)
+    teacher = Teacher(VideoMAEViT(img_size=size, num_frames=frames, num_classes=classes, **(vit or dict(embed_dim=384, num_heads=6)))).to(device)
+    learn = two_stage_learner(dls, student, None, teacher, distill=None)
+    stage,plain = replace(learn.stages[1], epochs=1),deepcopy(learn.model).to(device)
+    start,seen = deepcopy(learn.student.state_dict()),{}
+    def engine():
+        with learn.no_bar(), learn.no_logging(): learn.fit_stages([stage], 1e-4)
+        seen['fastai'] = learn.history.query('metric == "loss"').value.item()
+    def bare(): seen['bare'] = bare_loop(plain, teacher, stage, batches, 1e-4)
+    def fresh(f, model):
+        def run(): model.load_state_dict(start); f()
+        return run
+    df = compare({'bare PyTorch': fresh(bare, plain.student), 'fastai engine': fresh(engine, learn.student)}, repeats, device, False, time.perf_counter if torch.device(device).type == 'cuda' else time.process_time).assign(what=f'epoch of {steps} steps of stage 2, {bs} clips of {frames} x {size} x {size}')
+    return df.assign(loss=[seen['bare'], seen['fastai']])
+
+BENCHES['engine'] = bench_engine

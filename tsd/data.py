@@ -337,7 +337,7 @@ def fill_cache(self:VideoDataLoaders,
         need = sum(o.frames*side*int(side*max(o.height, o.width)/min(o.height, o.width))*3 for o in infos)/1e9
         if need > gb: raise MemoryError(f'the frames of {len(paths)} videos take {need:.3g} GB at a short side of {side}, and cache_gb is {gb}: raise it, lower short_side, or use cache=False')
         read = lambda o: decode(o.path, range(o.frames), ds.backend, side)
-        cache = dict(zip(paths, tqdm(pool.map(read, infos), 'decoding', len(paths), unit='video')))
+        cache = dict(zip(paths, tqdm(pool.map(read, infos), 'decoding', len(paths), unit='video', disable=None)))
     for dl in self.loaders: dl.dataset.cache = cache
     print(f'{len(cache)} videos, {sum(o.frames for o in infos)} frames kept in memory: {need:.3g} GB')
 
