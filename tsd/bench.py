@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BENCHES', 'peak_bytes', 'compare', 'bench_mhca', 'bench_student', 'gmacs', 'stage_step', 'bench_stages',
            'moving_texture', 'bench_set', 'gpu_rate', 'cores_to_feed', 'each_view', 'all_views', 'bench_data',
-           'plot_data', 'cached', 'gflops', 'bench_cache', 'bench', 'plot_bench']
+           'plot_data', 'cached', 'gflops', 'bench_cache', 'bare_loop', 'bench_engine', 'bench', 'plot_bench']
 
 # %% ../nbs/41_bench.ipynb #45f1048f
 import platform, tempfile, time
@@ -49,9 +49,11 @@ def compare(
     repeats=5,      # rounds; each runs all of them in turn
     device='cpu',
     memory=True,    # measure it too, in a run of its own
-    clock=time.perf_counter): # or `time.process_time`, which other processes disturb less: seconds of this one alone
+    clock=None):    # seconds; None: of this process where a single CPU thread works, which other programs do not disturb, else of the wall
     "A row for each of `fs`: median seconds and peak MiB, and both as ratios to the baseline's"
-    sync = torch.cuda.synchronize if torch.device(device).type == 'cuda' else lambda: None
+    cuda = torch.device(device).type == 'cuda'
+    sync = torch.cuda.synchronize if cuda else lambda: None
+    if clock is None: clock = time.perf_counter if cuda or torch.get_num_threads() > 1 else time.process_time
     mib = {k: peak_bytes(f, device)/2**20 if memory else np.nan for k,f in fs.items()}   # warms up as well
     seconds = {k: [] for k in fs}
     for _ in tqdm(range(repeats), '/'.join(fs), disable=None, leave=False):
@@ -335,8 +337,74 @@ def bench_cache(
     df = pd.concat(rows, ignore_index=True)
     return df.assign(speedup=1/df.ratio)
 
+# %% ../nbs/41_bench.ipynb #f8f43517
+from copy import deepcopy
+from dataclasses import replace
+from fastai.torch_core import set_seed
+from timm.optim import param_groups_weight_decay
+
+from .data import ClipNormalize, Sampling, VideoDataLoaders
+from .learner import two_stage_learner
+from .schedule import warmup_cosine
+
+# %% ../nbs/41_bench.ipynb #a7f4b8aa
+class _Batches:
+    "A loader of batches that are made already"
+    def __init__(self, batches, size, frames, c, device):
+        self.batches,self.device,self.c,self.norm = batches,device,c,ClipNormalize()
+        self.bs = len(batches[0][0]) if batches else 0
+        self.sampling,self.vocab = Sampling(frames, 4, size),list(map(str, range(c)))
+    def __len__(self): return len(self.batches)
+    def __iter__(self): return iter(self.batches)
+
+class _MemoryLoaders(VideoDataLoaders):
+    @property
+    def norm(self): return self.train.norm
+
+def bare_loop(model, teacher, stage, batches, lr, warmup=.1):
+    "One epoch of `stage` in plain PyTorch; its mean loss"
+    core,norm = model.student,ClipNormalize()
+    opt = torch.optim.AdamW(param_groups_weight_decay(core, .05, no_weight_decay_list=core.no_weight_decay()), lr=lr, betas=(.9, .95))
+    sched,total,mean,std = warmup_cosine(lr, warmup),0.,norm.mean.to(batches[0][0].device),norm.std.to(batches[0][0].device)
+    model.train()
+    for i,(x,y) in enumerate(batches):
+        for g in opt.param_groups: g['lr'] = sched(i/len(batches))
+        zt,_ = teacher(x*std + mean)
+        loss,_ = stage_loss(model(x), y, zt, None, stage.label, stage.logit)
+        loss.backward()
+        opt.step()
+        opt.zero_grad(set_to_none=True)
+        total += loss.item()
+    return total/len(batches)
+
+def bench_engine(
+    repeats=5,
+    device='cpu',
+    student='tsd_vit_small_patch16_224', # or a network
+    size=112, frames=8, bs=2, steps=4,
+    vit=None,       # arguments of the teacher, a `VideoMAEViT`; default a ViT-S
+    classes=400):
+    "An epoch of stage 2 by `fit_stages`, with its callbacks, against one by `bare_loop`"
+    set_seed(0)
+    batches = [(torch.randn(bs, 3, frames, size, size, device=device), torch.randint(classes, (bs,), device=device)) for _ in range(steps)]
+    make = partial(_Batches, size=size, frames=frames, c=classes, device=device)
+    dls = _MemoryLoaders(make(batches), make([]), device=device)
+    teacher = Teacher(VideoMAEViT(img_size=size, num_frames=frames, num_classes=classes, **(vit or dict(embed_dim=384, num_heads=6)))).to(device)
+    learn = two_stage_learner(dls, student, None, teacher, distill=None)
+    stage,plain = replace(learn.stages[1], epochs=1),deepcopy(learn.model).to(device)
+    start,seen = deepcopy(learn.student.state_dict()),{}
+    def engine():
+        with learn.no_bar(), learn.no_logging(): learn.fit_stages([stage], 1e-4)
+        seen['fastai'] = learn.history.query('metric == "loss"').value.item()
+    def bare(): seen['bare'] = bare_loop(plain, teacher, stage, batches, 1e-4)
+    def fresh(f, model):
+        def run(): model.load_state_dict(start); f()
+        return run
+    df = compare({'bare PyTorch': fresh(bare, plain.student), 'fastai engine': fresh(engine, learn.student)}, repeats, device, False, time.perf_counter if torch.device(device).type == 'cuda' else time.process_time).assign(what=f'epoch of {steps} steps of stage 2, {bs} clips of {frames} x {size} x {size}')
+    return df.assign(loss=[seen['bare'], seen['fastai']])
+
 # %% ../nbs/41_bench.ipynb #d05d1f99
-BENCHES = dict(mhca=bench_mhca, student=bench_student, stages=bench_stages, data=bench_data, cache=bench_cache)
+BENCHES = dict(mhca=bench_mhca, student=bench_student, stages=bench_stages, data=bench_data, cache=bench_cache, engine=bench_engine)
 
 def _writable(path):
     "An OSError before the work rather than after it where a file cannot be written"
@@ -358,6 +426,7 @@ def bench(
     if repeats < 1: raise ValueError(f'repeats = {repeats} must be at least 1')
     _writable(Path(out))
     before = torch.get_num_threads()
+    torch.set_flush_denormal(True)                                            # see `tsd.mhca`
     if threads: torch.set_num_threads(threads)
     try: df = BENCHES[name](repeats=repeats, device=device)
     finally: torch.set_num_threads(before)
