@@ -19,7 +19,9 @@ from .tinyclips import *
 from .distill import *
 from .schedule import *
 from .learner import *
+from .resume import *
 from .cache import *
 from .finetune import *
+from .training import *
 from .evaluate import *
 from .plots import *

@@ -39,7 +39,7 @@ class FinetuneLearner(Learner):
         epochs=150,     # 150 for Kinetics (section 3.1), 40 for Something-Something
         lr=1e-3,        # highest learning rate, of the head (section 3.1)
         warmup=None,    # share of the run that warms up; default 5 epochs of it, at most a tenth
-        cbs=None,       # further callbacks
+        cbs=None,       # further callbacks, such as `ExactResume`
         history=None):  # CSV file for the records, see `RunHistory`
         "Warm-up and cosine, each layer at its share of `lr`"
         if epochs < 1: raise ValueError(f'epochs = {epochs}: fine-tuning needs at least one')

@@ -123,7 +123,7 @@ class TwoStageLearner(Learner):
         lr=1.5e-4,          # highest learning rate (section 3.1, for a batch of 1024)
         warmup=.1,          # share of the run that warms up
         restart=False,      # a warm-up and cosine for each stage instead of one for the run
-        cbs=None,           # further callbacks
+        cbs=None,           # further callbacks, such as `ExactResume`
         history=None):      # CSV file for the records, see `RunHistory`
         "Train through both stages; the records are in `learn.history`"
         self.fit_stages([replace(s, epochs=n) for s,n in zip(self.stages, (stage1_epochs, stage2_epochs))], lr, warmup, restart, cbs, history)
