@@ -118,7 +118,7 @@ def recorders(monkeypatch):
     w = made['wandb'] = types.ModuleType('wandb')
     w.run,w.config = None,types.SimpleNamespace(update=lambda *a, **kw: None)
     def init(**kw): w.run = types.SimpleNamespace(step=0, summary={}); told['init'] = kw
-    w.init,w.log = init,lambda d, step: told['wandb'].append((step, d))
+    w.init,w.log = init,lambda d, step=None: told['wandb'].append((step, d))
     for k,m in made.items(): monkeypatch.setitem(sys.modules, k, m)
     for k in ('fastai.callback.tensorboard', 'fastai.callback.wandb'): monkeypatch.delitem(sys.modules, k, raising=False)
     return told
@@ -127,9 +127,10 @@ def test_loggers_where_they_are_asked_for(tmp_path, tsd, recorders, monkeypatch)
     more = ['train.stage1_epochs=0', 'train.stage2_epochs=1', 'finetune.epochs=0', 'test.clips=0', 'vit.model=VideoMAEViT', 'vit.options={patch_size=8, embed_dim=48, depth=1, num_heads=3}']
     code,out,err = tsd('train', 'tiny-fad', *SMALL[:2], *more, 'log.tensorboard=true', 'log.wandb=true', 'name=logged')
     assert code == 0, err
-    assert recorders['folder'] == Path('runs/logged/tensorboard') and recorders['init']['name'] == 'logged' and recorders['init']['config']['train']['lr'] == 2e-3
+    assert recorders['folder'] == Path('runs/logged/tensorboard/distill') and recorders['init']['name'] == 'logged' and recorders['init']['config']['train']['lr'] == 2e-3
     assert [s for k,_,s in recorders['tensorboard'] if k == 'train_loss'][:2] == [1, 2] and {'valid_loss', 'accuracy'} <= {k for k,_,_ in recorders['tensorboard']}
-    assert any('train_loss' in d for _,d in recorders['wandb'])
+    assert {'label', 'logit', 'lr'} <= {k for k,_,_ in recorders['tensorboard']}
+    assert any('train_loss' in d for _,d in recorders['wandb']) and any({'label', 'logit'} <= set(d) for _,d in recorders['wandb'])
     monkeypatch.setitem(sys.modules, 'wandb', None)
     code,out,err = tsd('train', 'tiny-fad', 'log.wandb=true', 'name=other')
     assert code == 1 and 'pip install wandb' in err and not Path('runs/other').exists()
@@ -199,5 +200,5 @@ def test_bad_input_is_one_clear_line(tmp_path, tsd, words, said, monkeypatch):
     (tmp_path/'broken.toml').write_text('a = ')
     (tmp_path/'loop.toml').write_text('base = "loop.toml"')
     (tmp_path/'own.toml').write_text('base = "tiny-fad"\nbs = 4\n')
-    code,out,err = tsd('train', *words, *(SMALL if words[0] == 'tiny-fad' else []))
+    code,out,err = tsd('train', words[0], *(SMALL if words[0] == 'tiny-fad' else []), *words[1:])
     assert code == 1 and said in err and 'Traceback' not in err and err.count('\n') == 1, err

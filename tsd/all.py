@@ -21,8 +21,8 @@ from .tinyclips import *
 from .distill import *
 from .schedule import *
 from .learner import *
-from .cache import *
 from .resume import *
+from .cache import *
 from .finetune import *
 from .training import *
 from .evaluate import *

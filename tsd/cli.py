@@ -360,7 +360,9 @@ def main(
     "Entry point of `tsd`; returns the exit status"
     argv = sys.argv[1:] if argv is None else list(argv)
     top = parser()
-    args = top.parse_args(argv)
+    args,rest = top.parse_known_args(argv)
+    if hasattr(args, 'set') and all('=' in o and not o.startswith('-') for o in rest): args.set += rest   # key=value behind an option
+    elif rest: top.error(f'unrecognized arguments: {" ".join(rest)}')
     if args.version:
         from tsd import __version__
         print(__version__); return 0

@@ -174,16 +174,20 @@ class Config:
         same = self.finetune.data.get('source', self.data.source) == self.data.source
         return (self.data.options if same else {}) | self.finetune.data.get('options', {})
 
-# %% ../nbs/27_train.ipynb #622efff5
+# %% ../nbs/27_train.ipynb #5a67761d
 _words = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'text', tuple: 'a list of numbers', dict: 'a table', NoneType: '"none"'}
 
 def _keys(cls=Config, at=''):
     "Every key, with dots"
     return [k for f in fields(cls) for k in (_keys(f.type, f'{at}{f.name}.') if is_dataclass(f.type) else [at+f.name])]
 
+_also = dict(learning_rate='lr', batch_size='bs', weight_decay='wd', temperature='T', label_smoothing='smoothing', grad_accum='accumulate')   # what others call them
+
 def _near(key):
     "Keys that someone may have meant who wrote `key`"
-    known,last = [*_keys(), *_keys(DataConfig, 'finetune.data.')],key.split('.')[-1]
+    known,(*at,last) = [*_keys(), *_keys(DataConfig, 'finetune.data.')],key.split('.')
+    last = _also.get(last, last)
+    if (here := '.'.join([*at, last])) in known: return [here]
     same = [k for k in known if k.split('.')[-1] == last]
     return same or sorted(known, key=lambda k: -max(difflib.SequenceMatcher(None, key, k).ratio(), difflib.SequenceMatcher(None, last, k.split('.')[-1]).ratio()))[:1]
 
@@ -204,16 +208,17 @@ def _build(cls, given, at=''):
         if k not in known: raise ValueError(f'there is no key {at}{k} (= {given[k]!r}): did you mean {" or ".join(_near(at+k))}?')
     return cls(**{k: _build(known[k], v, f'{at}{k}.') if is_dataclass(known[k]) else _typed(known[k], v, at+k) for k,v in given.items()})
 
-# %% ../nbs/27_train.ipynb #94b7a257
+# %% ../nbs/27_train.ipynb #1d8106b6
 def recipes()->dict: # name → file
     "The configurations that come with the package"
     return {p.stem: p for p in sorted((Path(tsd.__file__).parent/'recipes').glob('*.toml'))}
 
 def _merge(a, b):
-    "`a` with what `b` says, table by table; another source or model keeps no options of the first"
+    "`a` with what `b` says, table by table; another source, model or file keeps no options of the first, and a file takes the place of a model, a model that of a file"
     res = {**a, **{k: _merge(a[k], v) if isinstance(v, dict) and isinstance(a.get(k), dict) else v for k,v in b.items()}}
-    for k in ('source','model'):
-        if k in b and b[k] != a.get(k, b[k]): res['options'] = b.get('options', {})
+    if any(k in b and b[k] != a.get(k, b[k] if k == 'source' else 'none') for k in ('source','model','file')): res['options'] = b.get('options', {})
+    for k,other in (('file','model'), ('model','file')):
+        if b.get(k, 'none') != 'none' and other not in b: res.pop(other, None)
     return res
 
 def _read(source, seen=()):
@@ -512,7 +517,7 @@ def show_plan(
     text = df.dropna(how='all').map(number).rename(index=lambda k: k.replace('_', ' ').replace('gmacs', 'GMAC a clip').replace('tflops', 'TFLOP').replace('exaflops', 'EFLOP in all').replace('memory gib', 'memory, GiB').replace('cache gb', 'cache on disk, GB'))
     return f'{cfg.name}: {"TSD-"+cfg.train.distill if cfg.train.distill else "without a feature term"}, seed {cfg.seed}\n{text.to_string()}' + (f'\n{df.attrs["note"]}' if df.attrs['note'] else '')
 
-# %% ../nbs/27_train.ipynb #d3877ea0
+# %% ../nbs/27_train.ipynb #7cc47f1d
 class Progress(Callback):
     "A bar a stage where someone looks, else lines at intervals: losses by name, clips a second, share of waiting for data, time left; a line an epoch"
     order = RunHistory.order+1
@@ -572,20 +577,31 @@ def _package(name):
     try: return import_module(name)
     except ImportError as e: raise ValueError(f'log.{name} = true needs the package {name}, which is not installed: pip install {name}, or log.{name}=false') from e
 
+def _terms(learn): return {k: float(v) for k,v in getattr(learn.__dict__.get('distill'), 'terms', {}).items()}
+
 def log_callbacks(
     cfg,    # `Config`
-    folder):# of the run
-    "fastai's callbacks for TensorBoard and Weights & Biases, where they are asked for"
+    folder, # of the run
+    phase): # 'distill' or 'finetune'
+    "fastai's callbacks for TensorBoard and Weights & Biases, where they are asked for, with the losses by name"
     cbs = []
     if cfg.log.tensorboard:
         _package('tensorboard')
         from fastai.callback.tensorboard import TensorBoardCallback
-        cbs.append(TensorBoardCallback(folder/'tensorboard', trace_model=False, log_preds=False))
+        class Board(TensorBoardCallback):
+            def after_batch(self):                                                       # fastai's own fails at settings of the optimizer that are no numbers
+                if not self.training: return
+                for k,v in (dict(train_loss=self.smooth_loss, lr=self.opt.hypers[-1]['lr']) | _terms(self.learn)).items(): self.writer.add_scalar(k, v, self.train_iter)
+        cbs.append(Board(folder/'tensorboard'/phase, trace_model=False, log_preds=False))
     if cfg.log.wandb:
         wandb = _package('wandb')
         from fastai.callback.wandb import WandbCallback
+        class Wandb(WandbCallback):
+            def after_batch(self):
+                super().after_batch()
+                if self.training: wandb.log(_terms(self.learn), step=self._wandb_step)
         if wandb.run is None: wandb.init(project='tsd', name=cfg.name, dir=folder, config=asdict(cfg))
-        cbs.append(WandbCallback(log_preds=False))
+        cbs.append(Wandb(log_preds=False))
     return cbs
 
 # %% ../nbs/27_train.ipynb #ffc596e6
@@ -636,10 +652,10 @@ def note_run(
             if k in was.get('data', {}) and a != b: raise ValueError(f'{k}: the {split} clips are not those that {folder} began with ({a and a["clips"]} then, {b and b["clips"]} now, or other files or classes): choose another name=…')
     file.write_text(json.dumps(dict(command=command, **versions(), data=was.get('data', {}) | data), indent=1), encoding='utf-8')
 
-# %% ../nbs/27_train.ipynb #fa824e78
+# %% ../nbs/27_train.ipynb #d58fdc36
 def _callbacks(cfg, s, folder, phase):
     "What `s`, a section of `cfg`, asks for besides the training itself"
-    cbs = [ExactResume(folder/'checkpoints'/phase, minutes=cfg.train.checkpoint_minutes), FiniteLoss(), Progress(cfg.log.every), *log_callbacks(cfg, folder)]
+    cbs = [ExactResume(folder/'checkpoints'/phase, minutes=cfg.train.checkpoint_minutes), FiniteLoss(), Progress(cfg.log.every), *log_callbacks(cfg, folder, phase)]
     if s.precision != 'fp32': cbs.append(Precision(s.precision))
     if s.accumulate > 1: cbs.append(Accumulate(s.accumulate))
     if s.ema: cbs.append(EMA(s.ema))
@@ -690,7 +706,7 @@ def finetune_student(cfg, student, dls, folder):
     _quiet(learn, lambda: learn.fit_finetune(f.epochs, f.lr, f.warmup_epochs/f.epochs, _callbacks(cfg, f, folder, 'finetune'), folder/'history.csv'))
     return learn.student
 
-# %% ../nbs/27_train.ipynb #1860b469
+# %% ../nbs/27_train.ipynb #d7be1738
 def run_figures(
     folder): # of a run
     "Figures from history.csv: both stages with the switch between them marked, and fine-tuning"
@@ -698,7 +714,7 @@ def run_figures(
     if not (folder/'history.csv').is_file(): return
     history = pd.read_csv(folder/'history.csv')
     for run,name in (('run','history.png'), ('finetune','finetune.png')):
-        df = history[(history.run == run) & history.metric.isin(['label','logit','feature','loss','valid_loss','accuracy','lr','clips_per_second','data_wait'])]
+        df = history[(history.run == run) & history.metric.isin(['label','logit','feature','loss','valid_loss','accuracy','lr','data_wait'])]
         if not len(df): continue
         plot_history(df)
         plt.savefig(folder/name, dpi=100, bbox_inches='tight'); plt.close()
