@@ -25,6 +25,7 @@ from .resume import *
 from .cache import *
 from .finetune import *
 from .training import *
+from .distributed import *
 from .evaluate import *
 from .analysis import *
 from .predict import *

@@ -18,6 +18,7 @@ from fastcore.all import L, patch
 
 from .imports import *
 from .data import VideoDL
+from .distributed import any_of, from_all, from_main, rank_world
 from .teachers import _digest
 
 # %% ../nbs/23_resume.ipynb #06970aed
@@ -109,7 +110,7 @@ def run_config(
     res = dict(epochs=learn.n_epoch, loss=_text(learn.loss_func), label_smoothing=getattr(getattr(learn.loss_func, 'func', None), 'label_smoothing', 0),
         model=dict(kind=type(core).__name__, **getattr(core, 'config', {}), layers=_short(_text(core), [(k, tuple(v.shape)) for k,v in core.state_dict().items()])),
         data=dict(clips=len(ds), fingerprint=_short([(os.path.relpath(o.path, learn.dls.path), o.label) for o in ds.items], list(ds.vocab)), seed=ds.seed,
-            sampling=asdict(ds.sampling), augmentation=_text(ds.tfm), flips=flips, batch_size=dl.bs, drop_last=dl.drop_last, shuffle=dl.shuffle,
+            sampling=asdict(ds.sampling), augmentation=_text(ds.tfm), flips=flips, batch_size=dl.clips, processes=dl.share[1], drop_last=dl.drop_last, shuffle=dl.shuffle,
             normalisation=[_plain(getattr(o, k).flatten().tolist()) for o in dl.after_batch.fs for k in ('mean', 'std') if hasattr(o, k)]),
         optimizer=dict(kind=type(getattr(learn.opt, 'opt', learn.opt)).__name__, groups=[dict(h) for h in learn.opt.hypers]),
         schedule={k: [f(p/20) for p in range(21)] for o in learn.cbs if isinstance(o, ParamScheduler) for k,f in o.scheds.items()},
@@ -181,9 +182,11 @@ class ExactResume(Callback):
         if not isinstance(self.dls.train, VideoDL): raise ValueError(f'ExactResume needs a VideoDL, whose order is a function of seed and epoch, not a {type(self.dls.train).__name__}')
         if self.folder.exists() and not self.folder.is_dir(): raise NotADirectoryError(errno.ENOTDIR, f'{self.folder} is a file: give a folder for checkpoints')
         self.folder.mkdir(parents=True, exist_ok=True)
-        for o in self.folder.glob('*.part'): o.unlink()                 # of a run that was killed while it wrote
+        self.rank,self.world = rank_world()
+        if self.rank == 0:
+            for o in self.folder.glob('*.part'): o.unlink()             # of a run that was killed while it wrote
         self.trained,self.about = self.model,run_config(self.learn)     # the model itself: average weights stand in for it during validation
-        self.found,self.offset,self.asleep,self.told = self.find(),0,[],False
+        self.found,self.offset,self.asleep,self.told = from_main(self.find),0,[],False
         self.written,self.step,self.clock = None,0,time.monotonic()
         self.old_handler = None
         if threading.current_thread() is threading.main_thread(): self.old_handler = signal.signal(signal.SIGTERM, self.tell)
@@ -242,7 +245,7 @@ def before_batch(self:ExactResume):
         if self.found: self.restore()
         self.learn.iter += self.offset                                 # the loop counts what the loader gives
         self.reach(self.iter)
-    elif self.told: self.save(self.chance); self.leave()
+    elif self.told and self.world == 1: self.save(self.chance); self.leave()   # several processes validate at their own pace, and leave together after it
 
 @patch
 def after_train(self:ExactResume):
@@ -253,7 +256,8 @@ def after_train(self:ExactResume):
 @patch
 def reach(self:ExactResume, batch, last=False):
     "Now `batch` batches of the epoch are done: save if it is time"
-    self.here,late = (self.epoch, batch),time.monotonic() - self.clock >= 60*self.minutes
+    self.here = self.epoch,batch
+    self.told,late = any_of(self.told, time.monotonic() - self.clock >= 60*self.minutes)
     if last or late or self.told or self.written is None or (self.steps and self.train_iter - self.step >= self.steps): self.save()
     if self.told: self.leave()
 
@@ -265,9 +269,10 @@ def save(self:ExactResume, chance=None):
     learn,(epoch,batch) = self.learn,self.here
     scaler = learn.__dict__.get('scaler')
     state = dict(config=self.about, epoch=epoch, batch=batch, data_epoch=self.dls.train_ds.epoch, train_iter=learn.train_iter, pct_train=learn.pct_train,
-                 model=self.trained.state_dict(), opt=learn.opt.state_dict(), scaler=scaler and scaler.state_dict(), callbacks=callback_states(learn), random=chance or random_states())
-    self.mark(write_state(state, self.folder, epoch, batch))
-    for old in list_states(self.folder)[self.keep:]: old.unlink()
+                 model=self.trained.state_dict(), opt=learn.opt.state_dict(), scaler=scaler and scaler.state_dict(), callbacks=callback_states(learn), random=from_all(chance or random_states()))
+    self.mark(from_main(lambda: write_state(state, self.folder, epoch, batch)))
+    if self.rank == 0:
+        for old in list_states(self.folder)[self.keep:]: old.unlink()
 
 @patch
 def mark(self:ExactResume, path): self.written,self.place,self.step,self.clock = path,self.here,self.train_iter,time.monotonic()
@@ -282,7 +287,7 @@ def restore(self:ExactResume):
     if s['scaler']: learn.scaler.load_state_dict(s['scaler'])
     learn.train_iter,learn.pct_train,self.offset,self.here = s['train_iter'],s['pct_train'],s['batch'],(s['epoch'], s['batch'])
     set_callback_states(learn, s['callbacks'])
-    set_random_states(s['random'])
+    set_random_states(s['random'][self.rank])
     self.mark(s['path'])
 
 # %% ../nbs/23_resume.ipynb #4dfd7cbc
@@ -294,5 +299,5 @@ def tell(self:ExactResume, *_):
 
 @patch
 def leave(self:ExactResume):
-    print(f'SIGTERM: {self.written} is written; the same command goes on from there', flush=True)
+    if self.rank == 0: print(f'SIGTERM: {self.written} is written; the same command goes on from there', flush=True)
     raise SystemExit(128 + signal.SIGTERM)
