@@ -122,7 +122,7 @@ def outcome(learn, folder):
                chance=digest(resume.random_states()), train_iter=learn.train_iter)
     if 'tracker' in vars(learn): res['best'] = [float(learn.tracker.best), learn.tracker.wait]
     if hasattr(learn, 'history') and isinstance(learn.history, pd.DataFrame):
-        keep = lambda df: df[df.metric != 'clips_per_second'].to_csv(index=False)
+        keep = lambda df: df[~df.metric.isin(['clips_per_second','data_wait'])].to_csv(index=False)
         speeds = (learn.history.metric == 'clips_per_second').sum()
         res |= dict(history=keep(learn.history), file=keep(pd.read_csv(folder/'history.csv')), speeds=int(speeds))
     return res
