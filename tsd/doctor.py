@@ -195,7 +195,10 @@ def _stamp(path):
     return (st.st_size, st.st_mtime_ns) if S_ISREG(st.st_mode) else (-1, st.st_mtime_ns)
 
 def _digest(path):
-    with open(path, 'rb') as f: return file_digest(f, 'sha256').hexdigest()
+    "Of a file's bytes; of one that can't be read, its name: `examine` says why"
+    try:
+        with open(path, 'rb') as f: return file_digest(f, 'sha256').hexdigest()
+    except OSError: return path
 
 def _contents(stamps, pool):
     "file → what tells its bytes apart from those of the others: a digest, and only where another file has the same size"
@@ -255,9 +258,10 @@ def doctor(
     if frames < 1 or stride < 1: raise ValueError(f'frames is {frames} and stride {stride}: both must be at least 1')
     if imbalance < 1: raise ValueError(f'imbalance is {imbalance}: it must be at least 1')
     out,df = Path(out or f'runs/doctor_{csv.stem}.csv'),read_annotations(csv)
-    t = tidy_table(df, csv.parent, path_col, label_col, split_col, group_col).assign(name=df[path_col])
+    t = tidy_table(df, csv.parent, path_col, label_col, split_col, group_col).assign(name=df[path_col].values)
     if out.exists() and out.samefile(csv): raise ValueError(f'{out}: is the table of clips itself: choose another place for the report')
     if out.is_dir(): raise ValueError(f'{out}: is a folder: name a file for the report')
+    if out.exists() and not out.read_bytes().startswith(','.join(REPORT).encode()): raise ValueError(f'{out}: exists, and is not a report of the doctor: choose another name')
     t['file'] = [os.path.abspath(p) for p in t.path]
     with ThreadPoolExecutor(16) as pool:
         files = list(dict.fromkeys(t.file))
@@ -291,7 +295,7 @@ def even_size(
 def _strict_frames(path):
     "Every frame of a video, upright (H,W,3); a VideoError at the first fault"
     with _opened(path) as (box, stream):
-        stream.codec_context.options = dict(err_detect='explode')
+        stream.codec_context.options = stream.codec_context.options | dict(err_detect='explode')
         for p in box.demux(stream):
             if p.is_corrupt: raise VideoError(path, 'a packet is cut short: fetch it again')
             for frame in p.decode():
@@ -408,7 +412,9 @@ def prepare_data(
     files = list(dict.fromkeys(paths))
     to,root = _targets(files, os.path.abspath(csv.parent))
     if out.resolve() in (csv.parent.resolve(), Path(root).resolve()): raise ValueError(f'{out}: is the folder of the originals: choose another for the new files')
-    with Ledger(out/f'{csv.stem}_prepared.csv', _MADE) as book, ThreadPoolExecutor(16) as pool:
+    ledger = out/f'{csv.stem}_prepared.csv'
+    if (out/csv.name).exists() and not ledger.exists(): raise ValueError(f'{out/csv.name}: exists, and is not of this command: choose an empty folder')
+    with Ledger(ledger, _MADE) as book, ThreadPoolExecutor(16) as pool:
         stamps = dict(zip(files, pool.map(_stamp, files)))
         bad = _make(files, stamps, to, out, book, dict(short_side=short_side, gop=gop, crf=crf), min_psnr, workers, seconds)
     _save(df.assign(**{path_col: [Path(to[p]).as_posix() for p in paths]}), out/csv.name)

@@ -18,7 +18,7 @@ from timm.optim import param_groups_layer_decay
 from .imports import *
 from .annotations import check_classes
 from .augment import VideoMixup
-from .learner import RunHistory, adamw
+from .learner import DataWait, RunHistory, adamw
 from .schedule import warmup_cosine
 
 # %% ../nbs/25_finetune.ipynb #a6dba353
@@ -44,9 +44,10 @@ class FinetuneLearner(Learner):
         "Warm-up and cosine, each layer at its share of `lr`"
         if epochs < 1: raise ValueError(f'epochs = {epochs}: fine-tuning needs at least one')
         self.create_opt()
+        torch.set_flush_denormal(True)                                # MHCA on a CPU, see `tsd.mhca`
         scales = np.array([g.get('lr_scale', 1.) for g in self.opt.opt.param_groups])
         sched = ParamScheduler({'lr': warmup_cosine(lr*scales, min(5/epochs, .1) if warmup is None else warmup)})
-        self.fit(epochs, lr*scales, cbs=[sched, RunHistory(history, 'finetune'), *L(cbs)])
+        self.fit(epochs, lr*scales, cbs=[sched, DataWait(), RunHistory(history, 'finetune'), *L(cbs)])
 
 # %% ../nbs/25_finetune.ipynb #4ed30ed7
 def finetune_learner(
