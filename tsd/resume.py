@@ -229,6 +229,7 @@ def before_epoch(self:ExactResume):
         for cb,_ in self.asleep: cb.run = False
         raise CancelEpochException
     for cb,was in self.asleep: cb.run = was
+    if self.asleep and (bar := getattr(getattr(self.learn, 'progress', None), 'mbar', None)): bar.update(0)   # its clock starts at the first epoch
     self.asleep = []
 
 @patch

@@ -31,6 +31,7 @@ from .cache import TeacherCache, Views, cache_bytes
 from .checkpoints import infer_config, layout, load_checkpoint, load_student, read_checkpoint, remap, save_student
 from .data import Sampling, VideoDataLoaders
 from .distill import DistillModel, stage_loss
+from .distributed import launched
 from .evaluate import test_views
 from .experiments import versions
 from .finetune import finetune_learner
@@ -726,6 +727,7 @@ def run_recipe(
     command='',    # that is recorded
 )->Path: # of the run folder
     "The whole chain: teachers, both stages, fine-tuning, multi-view test. What is done already is not done again"
+    if launched(): raise ValueError('tsd train and tsd finetune run in one process: for several write a script with the callback Distributed, as tutorials/cluster shows')
     for name in ('tensorboard','wandb'):
         if getattr(cfg.log, name): _package(name)
     folder,say = open_run(cfg, out, resume),partial(print, flush=True)

@@ -61,7 +61,8 @@ class Accumulate(Callback):
     def clips(self):
         "How many clips the group of the present batch has"
         dl,first = self.dls.train,self.iter - self.iter%self.n
-        return min((first+self.n)*dl.bs, self.n_iter*dl.bs if dl.drop_last else dl.n) - first*dl.bs
+        videos = min((first+self.n)*dl.bs, self.n_iter*dl.bs if dl.drop_last else dl.n) - first*dl.bs
+        return videos*getattr(dl, 'repeats', 1)
     def before_backward(self): self.learn.loss_grad = self.loss_grad*(find_bs(self.yb)/self.clips())
     def before_step(self):
         if (self.iter+1) % self.n and self.iter+1 < self.n_iter: raise CancelBatchException
