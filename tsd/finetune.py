@@ -11,6 +11,7 @@ from fastai.callback.schedule import ParamScheduler
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
+from fastcore.foundation import L
 from timm.layers import DropPath, calculate_drop_path_rates
 from timm.optim import param_groups_layer_decay
 
@@ -45,7 +46,7 @@ class FinetuneLearner(Learner):
         self.create_opt()
         scales = np.array([g.get('lr_scale', 1.) for g in self.opt.opt.param_groups])
         sched = ParamScheduler({'lr': warmup_cosine(lr*scales, min(5/epochs, .1) if warmup is None else warmup)})
-        self.fit(epochs, lr*scales, cbs=[sched, RunHistory(history, 'finetune'), *(cbs or [])])
+        self.fit(epochs, lr*scales, cbs=[sched, RunHistory(history, 'finetune'), *L(cbs)])
 
 # %% ../nbs/25_finetune.ipynb #4ed30ed7
 def finetune_learner(
@@ -73,5 +74,5 @@ def finetune_learner(
         blk.drop_path1,blk.drop_path2 = (DropPath(rate) if rate else nn.Identity() for _ in range(2))
     if bool(mixup) != bool(cutmix): raise ValueError(f'mixup = {mixup} and cutmix = {cutmix}: give both, or 0 for both')
     mix = [VideoMixup(mixup, cutmix, smoothing)] if mixup else []
-    return FinetuneLearner(dls, model, loss_func=CrossEntropyLossFlat() if mixup else CrossEntropyLossFlat(label_smoothing=smoothing), metrics=metrics, cbs=mix + list(cbs or []),
+    return FinetuneLearner(dls, model, loss_func=CrossEntropyLossFlat() if mixup else CrossEntropyLossFlat(label_smoothing=smoothing), metrics=metrics, cbs=[*mix, *L(cbs)],
         opt_func=lambda params, lr: adamw(None, lr, groups=params, betas=betas), splitter=lambda m: layer_groups(m, wd, layer_decay))

@@ -15,6 +15,7 @@ from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.optimizer import OptimWrapper
+from fastcore.foundation import L
 from timm.optim import param_groups_weight_decay
 
 from .imports import *
@@ -38,31 +39,44 @@ def adamw(
 
 # %% ../nbs/22_learner.ipynb #357f32dd
 class RunHistory(Callback):
-    "Tidy records (run, stage, epoch, step, metric, value) of `fit`, kept in `learn.history` and appended to `path`"
+    "Tidy records (run, stage, epoch, step, metric, value) of one `fit`, kept in `learn.history` and appended to `path`"
     order = 95
     def __init__(self,
         path=None,  # CSV file to append to
         run='run'): # name of the run in the records
-        self.path,self.run,self.rows = path,run,[]
-    def before_fit(self): self.learn.history = pd.DataFrame(self.rows)
+        self.path,self.name_of_run = path and Path(path),run   # `run` is fastai's switch
+    def before_fit(self):
+        self.rows,self.learn.history = [],pd.DataFrame()
+        self.base = self.path.stat().st_size if self.path and self.path.exists() else 0   # bytes of other runs
     def before_train(self): self.sums,self.n,self.start = {},0,time.perf_counter()
     def after_batch(self):
-        if not self.training: return
+        if not self.training or not len(self.yb): return                                  # without a target: a batch that was skipped
         terms = {**getattr(getattr(self.learn, 'distill', None), 'terms', {}), 'loss': self.learn.loss.detach()}
         for k,v in terms.items(): self.sums[k] = self.sums.get(k, 0.) + float(v)
         self.n += 1
     def after_train(self): self.seconds = time.perf_counter() - self.start
     def after_epoch(self):
         two = getattr(self.learn, 'two_stage', None)
-        stage = two.stage.name if two is not None and two.stage is not None else self.run
+        stage = two.stage.name if two is not None and two.stage is not None else self.name_of_run
         last = {k: v/max(self.n, 1) for k,v in self.sums.items()}
         valid = dict(zip(['valid_loss', *[m.name for m in self.learn.metrics]], self.learn.recorder.log[2:]))
         values = {**last, **{k: v for k,v in valid.items() if isinstance(v, float)}, 'lr': self.opt.hypers[-1]['lr'], 'clips_per_second': self.n*self.dls.train.bs*getattr(self.dls.train, 'repeats', 1)/self.seconds}
-        rows = [dict(run=self.run, stage=stage, epoch=self.epoch+1, step=self.learn.train_iter, metric=k, value=float(v)) for k,v in values.items()]
+        rows = [dict(run=self.name_of_run, stage=stage, epoch=self.epoch+1, step=self.learn.train_iter, metric=k, value=float(v)) for k,v in values.items()]
         self.rows += rows
         self.learn.history = pd.DataFrame(self.rows)
-        if self.path is not None:
-            pd.DataFrame(rows).to_csv(self.path, mode='a', header=not Path(self.path).exists(), index=False)
+        if self.path: pd.DataFrame(rows).to_csv(self.path, mode='a', header=not self.path.exists(), index=False)
+
+    def state_dict(self): return dict(rows=self.rows, base=self.base, sums=self.sums, n=self.n, seconds=time.perf_counter() - self.start)
+    def load_state_dict(self, state):
+        "Go on from `state`; the file is left with what came before this run and the rows that `state` knows"
+        self.rows,self.base,self.sums,self.n = (state[k] for k in ('rows', 'base', 'sums', 'n'))
+        self.start,self.learn.history = time.perf_counter() - state['seconds'],pd.DataFrame(self.rows)
+        if not self.path: return
+        head = self.path.read_bytes()[:self.base] if self.path.exists() else b''
+        rows = self.learn.history.to_csv(index=False, header=not head).encode() if self.rows else b''
+        part = self.path.with_name(f'{self.path.name}.{os.getpid()}.part')
+        part.write_bytes(head + rows); os.replace(part, self.path)
+        if not head + rows: self.path.unlink()
 
 # %% ../nbs/22_learner.ipynb #398e207d
 def create_student(
@@ -106,7 +120,7 @@ class TwoStageLearner(Learner):
         stages = [s for s in stages if s.epochs]
         sched = ParamScheduler({'lr': warmup_cosine(lr, warmup, [s.epochs for s in stages] if restart else None)})
         own = [Distill(logit=0), TwoStage(stages), sched, RunHistory(history)]
-        self.fit(sum(s.epochs for s in stages), lr, cbs=own + list(cbs or []), reset_opt=True)
+        self.fit(sum(s.epochs for s in stages), lr, cbs=[*own, *L(cbs)], reset_opt=True)
 
 # %% ../nbs/22_learner.ipynb #0d5e83ad
 def two_stage_learner(
@@ -140,6 +154,6 @@ def two_stage_learner(
     student.vocab = list(dls.vocab)
     def weights(label, logit, teacher): return dict(label=alpha if label and teacher else float(label), logit=(1-alpha)*logit if teacher else 0.)
     stages = [Stage('stage1', 0, cnn, **weights(label1, logit1, cnn), feature=distill, beta=beta, T=T, frame_stride=frame_stride, quarters=tuple(quarters)),
-              Stage('stage2', 0, vit, **weights(label2, logit2, vit), T=T)]
+              Stage('stage2', 0, vit if logit2 else None, **weights(label2, logit2, logit2 and vit), T=T)]
     return TwoStageLearner(dls, DistillModel(student), stages, loss_func=CrossEntropyLossFlat(), metrics=metrics, cbs=cbs,
                            opt_func=lambda params, lr: adamw(params, lr, wd, betas), splitter=lambda m: m)

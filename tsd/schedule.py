@@ -9,6 +9,8 @@ __all__ = ['Stage', 'warmup_cosine', 'TwoStage']
 from dataclasses import dataclass
 from fastai.callback.core import Callback
 from fastai.callback.schedule import SchedCos, SchedLin, combine_scheds
+from fastai.optimizer import OptimWrapper
+from timm.optim import param_groups_weight_decay
 
 from .imports import *
 from .distill import DistillModel, Distill, FadHead, FpldHead
@@ -19,7 +21,7 @@ from .teachers import Teacher, check_teacher
 class Stage:
     "One stage of training: who teaches, with which losses, for how long"
     name:str                    # for the records, such as 'stage1'
-    epochs:int                  # 0 leaves the stage out
+    epochs:int                  # 0 leaves the stage out, whatever its terms are
     teacher:Teacher=None        # None for labels alone
     label:float=.5              # α of eqs 9-11
     logit:float=.5              # 1-α
@@ -34,8 +36,9 @@ class Stage:
         if self.epochs < 0: raise ValueError(f'{self.name}: epochs = {self.epochs} cannot be negative')
         if self.feature not in (None, 'fad', 'fpld'): raise ValueError(f"{self.name}: feature = {self.feature!r} must be 'fad', 'fpld' or None")
         if self.teacher is None and (self.logit or self.feature): raise ValueError(f'{self.name}: logit and feature terms need a teacher: pass one, or set logit=0 and feature=None')
-        if not (self.label or self.logit or self.feature): raise ValueError(f'{self.name}: every term is switched off')
+        if self.epochs and not (self.label or self.logit or self.feature): raise ValueError(f'{self.name}: every term is switched off: give it 0 epochs to leave it out')
         if self.feature and not self.frame_wise: raise ValueError(f'{self.name}: the feature term needs a frame-wise CNN teacher')
+        if self.feature == 'fpld' and not self.quarters: raise ValueError(f'{self.name}: no quarter has a branch: for none write feature=None')
 
     @property
     def frame_wise(self): return self.teacher is not None and getattr(self.teacher, 'frame_wise', False)
@@ -53,7 +56,9 @@ def warmup_cosine(
     "A fastai schedule: linear warm-up, then a cosine to 0; with `lengths` one for each of them"
     one = combine_scheds([warmup, 1-warmup], [SchedLin(lr*1e-3, lr), SchedCos(lr, lr*0)]) if warmup else SchedCos(lr, lr*0)
     lengths = [n for n in lengths or [1] if n]
-    return combine_scheds([n/sum(lengths) for n in lengths], [one]*len(lengths)) if len(lengths) > 1 else one
+    if len(lengths) == 1: return one
+    shares = [n/sum(lengths) for n in lengths[:-1]]
+    return combine_scheds([*shares, 1-sum(shares)], [one]*len(lengths))   # which wants a sum of exactly 1
 
 # %% ../nbs/21_schedule.ipynb #994dcff8
 class TwoStage(Callback):
@@ -70,6 +75,7 @@ class TwoStage(Callback):
         if self.n_epoch != total: raise ValueError(f'fit was called for {self.n_epoch} epochs, the stages have {total}: fit for their sum')
         if not isinstance(self.model, DistillModel): raise ValueError(f'TwoStage trains a DistillModel, not a {type(self.model).__name__}: wrap the student')
         if not hasattr(self.learn, 'distill'): raise ValueError('TwoStage steers a Distill callback: add one')
+        if not isinstance(self.opt, OptimWrapper): raise ValueError(f"TwoStage needs a torch optimizer, not fastai's {type(self.opt).__name__}: pass opt_func=partial(OptimWrapper, opt=torch.optim.AdamW)")
         for s in self.stages: check_teacher(s.teacher, self.dls.c, s.name)
         self.enter(self.stages[0])
 
@@ -90,8 +96,9 @@ class TwoStage(Callback):
         head = stage.head(self.model.student, (self.dls.sampling.size,)*2)
         if head is None: return
         self.model.head = head.to(self.dls.device)
-        last = self.opt.opt.param_groups[-1]
-        self.opt.opt.add_param_group({**last, 'params': list(head.parameters())})
+        last = self.opt.opt.param_groups[-1]                                # decayed, where any is
+        for g in param_groups_weight_decay(head, last['weight_decay']):     # its biases and norms are not
+            if g['params']: self.opt.opt.add_param_group({**last, **g})
 
     def drop_head(self):
         if self.model.head is None: return
