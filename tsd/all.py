@@ -23,4 +23,6 @@ from .schedule import *
 from .learner import *
 from .finetune import *
 from .evaluate import *
+from .analysis import *
+from .predict import *
 from .plots import *
