@@ -25,4 +25,6 @@ from .finetune import *
 from .evaluate import *
 from .analysis import *
 from .predict import *
+from .export import *
+from .cost import *
 from .plots import *
