@@ -21,6 +21,7 @@ from .tinyclips import *
 from .distill import *
 from .schedule import *
 from .learner import *
+from .cache import *
 from .finetune import *
 from .evaluate import *
 from .analysis import *

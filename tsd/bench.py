@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BENCHES', 'peak_bytes', 'compare', 'bench_mhca', 'bench_student', 'gmacs', 'stage_step', 'bench_stages',
            'moving_texture', 'bench_set', 'gpu_rate', 'cores_to_feed', 'each_view', 'all_views', 'bench_data',
-           'plot_data', 'bench', 'plot_bench']
+           'plot_data', 'bench', 'plot_bench', 'cached', 'gflops', 'bench_cache', 'bare_loop', 'bench_engine']
 
 # %% ../nbs/41_bench.ipynb #45f1048f
 import platform, tempfile, time
@@ -331,3 +331,118 @@ def plot_bench(
         for c in ax.containers: ax.bar_label(c, fmt='%.2f', fontsize=7, padding=2)
     sns.despine(); sns.move_legend(axs[1], 'upper left', bbox_to_anchor=(1,1), frameon=False, title='')
     return axs
+
+# %% ../nbs/41_bench.ipynb #b1399de4
+import tempfile
+from unittest.mock import patch
+
+from .cache import LogitStore, clip_keys, pack, teacher_identity
+
+# %% ../nbs/41_bench.ipynb #48afc028
+def cached(step, teacher, folder):
+    "`step` with the answers of `teacher` read from a new `LogitStore` in `folder`, which a first step fills, and `step` with them in memory"
+    device,forward = teacher.mean.device,teacher.forward
+    store = LogitStore(folder, teacher_identity(teacher, device) | dict(classes=teacher.num_classes, dtype='float32', topk=None))
+    def fill(x):
+        fill.out = forward(x)[0],None
+        store.add(pack(fill.out[0], clip_keys(x), store.kind, store.salt))
+        return fill.out
+    def read(x):
+        at = store.find(clip_keys(x).cpu())
+        if (at < 0).any(): raise ValueError('the view is not in the cache')
+        return store.read(at).to(device),None
+    def run(answer):
+        with patch.object(teacher, 'forward', answer): step()
+    store.enter(0); run(fill); store.enter(0)
+    return lambda: run(read), lambda: run(lambda x: fill.out)
+
+def gflops(f):
+    "Operations of `f()`, in 10⁹"
+    with FlopCounterMode(display=False) as count: f()
+    return count.get_total_flops()/1e9
+
+def bench_cache(
+    repeats=3,
+    device='cpu',
+    student=None,     # arguments of `VideoViT`; default ViT-S at 16 x 224 x 224
+    cnn='resnet101',
+    vit=None):        # arguments of `VideoMAEViT`; default ViT-B
+    "A step of stage 1 (TSD-fpld) and of stage 2 for one clip, with the teacher, with its answer from disk, and with its answer for nothing"
+    rows = []
+    for what,feature in (('stage 1, TSD-fpld','fpld'), ('stage 2',None)):
+        step,_,teacher = stage_step(feature, student or dict(img_size=224, num_frames=16), cnn, vit, device)
+        with tempfile.TemporaryDirectory() as tmp:
+            disk,memory = cached(step, teacher, tmp)
+            rows.append(compare({'teacher': step, 'cache': disk, 'no teacher': memory}, repeats, device).assign(what=what, gflops=[gflops(f) for f in (step, disk, memory)]))
+    df = pd.concat(rows, ignore_index=True)
+    return df.assign(speedup=1/df.ratio)
+
+BENCHES['cache'] = bench_cache
+
+# %% ../nbs/41_bench.ipynb #f8f43517
+from copy import deepcopy
+from dataclasses import replace
+from fastai.torch_core import set_seed
+from timm.optim import param_groups_weight_decay
+
+from .data import ClipNormalize, Sampling, VideoDataLoaders
+from .learner import two_stage_learner
+from .schedule import warmup_cosine
+
+# %% ../nbs/41_bench.ipynb #a7f4b8aa
+class _Batches:
+    "A loader of batches that are made already"
+    def __init__(self, batches, size, frames, c, device):
+        self.batches,self.device,self.c,self.norm = batches,device,c,ClipNormalize()
+        self.bs = len(batches[0][0]) if batches else 0
+        self.sampling,self.vocab = Sampling(frames, 4, size),list(map(str, range(c)))
+    def __len__(self): return len(self.batches)
+    def __iter__(self): return iter(self.batches)
+
+class _MemoryLoaders(VideoDataLoaders):
+    @property
+    def norm(self): return self.train.norm
+
+def bare_loop(model, teacher, stage, batches, lr, warmup=.1):
+    "One epoch of `stage` in plain PyTorch; its mean loss"
+    core,norm = model.student,ClipNormalize()
+    opt = torch.optim.AdamW(param_groups_weight_decay(core, .05, no_weight_decay_list=core.no_weight_decay()), lr=lr, betas=(.9, .95))
+    sched,total,mean,std = warmup_cosine(lr, warmup),0.,norm.mean.to(batches[0][0].device),norm.std.to(batches[0][0].device)
+    model.train()
+    for i,(x,y) in enumerate(batches):
+        for g in opt.param_groups: g['lr'] = sched(i/len(batches))
+        zt,_ = teacher(x*std + mean)
+        loss,_ = stage_loss(model(x), y, zt, None, stage.label, stage.logit)
+        loss.backward()
+        opt.step()
+        opt.zero_grad(set_to_none=True)
+        total += loss.item()
+    return total/len(batches)
+
+def bench_engine(
+    repeats=5,
+    device='cpu',
+    student='tsd_vit_small_patch16_224', # or a network
+    size=112, frames=8, bs=2, steps=4,
+    vit=None,       # arguments of the teacher, a `VideoMAEViT`; default a ViT-S
+    classes=400):
+    "An epoch of stage 2 by `fit_stages`, with its callbacks, against one by `bare_loop`"
+    set_seed(0)
+    batches = [(torch.randn(bs, 3, frames, size, size, device=device), torch.randint(classes, (bs,), device=device)) for _ in range(steps)]
+    make = partial(_Batches, size=size, frames=frames, c=classes, device=device)
+    dls = _MemoryLoaders(make(batches), make([]), device=device)
+    teacher = Teacher(VideoMAEViT(img_size=size, num_frames=frames, num_classes=classes, **(vit or dict(embed_dim=384, num_heads=6)))).to(device)
+    learn = two_stage_learner(dls, student, None, teacher, distill=None)
+    stage,plain = replace(learn.stages[1], epochs=1),deepcopy(learn.model).to(device)
+    start,seen = deepcopy(learn.student.state_dict()),{}
+    def engine():
+        with learn.no_bar(), learn.no_logging(): learn.fit_stages([stage], 1e-4)
+        seen['fastai'] = learn.history.query('metric == "loss"').value.item()
+    def bare(): seen['bare'] = bare_loop(plain, teacher, stage, batches, 1e-4)
+    def fresh(f, model):
+        def run(): model.load_state_dict(start); f()
+        return run
+    df = compare({'bare PyTorch': fresh(bare, plain.student), 'fastai engine': fresh(engine, learn.student)}, repeats, device, False, time.perf_counter if torch.device(device).type == 'cuda' else time.process_time).assign(what=f'epoch of {steps} steps of stage 2, {bs} clips of {frames} x {size} x {size}')
+    return df.assign(loss=[seen['bare'], seen['fastai']])
+
+BENCHES['engine'] = bench_engine

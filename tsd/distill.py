@@ -103,7 +103,9 @@ class Distill(Callback):
     def before_batch(self):
         if not self.training or self.teacher is None: return
         x = pixels(self.dls, self.x)
-        self.teacher_out = self.teacher(fold_frames(x, getattr(self.model, 'frame_stride', 1))[0] if self.teacher.frame_wise else x)
+        if self.teacher.frame_wise: x = fold_frames(x, getattr(self.model, 'frame_stride', 1))[0]
+        cache = getattr(self.learn, 'teacher_cache', None)                               # a `TeacherCache`
+        self.teacher_out = self.teacher(x) if cache is None else cache.answer(self.teacher, x)
 
     def after_pred(self):
         if self.training: self.plain_loss,self.learn.loss_func = self.learn.loss_func,self.loss

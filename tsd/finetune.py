@@ -21,7 +21,7 @@ from .imports import *
 from .annotations import check_classes
 from .augment import VideoMixup
 from .checkpoints import infer_config, layout, load_checkpoint, load_student, read_checkpoint, remap
-from .learner import RunHistory, adamw
+from .learner import DataWait, RunHistory, adamw
 from .schedule import warmup_cosine
 from .student import VideoViT
 from .teachers import VideoMAEViT
@@ -90,7 +90,7 @@ class FinetuneLearner(Learner):
         self.create_opt()
         scales = np.array([g.get('lr_scale', 1.) for g in self.opt.opt.param_groups])
         sched = ParamScheduler({'lr': warmup_cosine(lr*scales, (5/epochs if epochs >= 40 else .1) if warmup is None else warmup)})
-        self.fit(epochs, lr*scales, cbs=[sched, RunHistory(history, 'finetune'), *L(cbs)])
+        self.fit(epochs, lr*scales, cbs=[sched, DataWait(), RunHistory(history, 'finetune'), *L(cbs)])
 
 # %% ../nbs/25_finetune.ipynb #4ed30ed7
 def finetune_learner(

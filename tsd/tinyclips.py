@@ -238,6 +238,6 @@ def make_tinyclips(
     for name in CLASSES[kind]: (root/name).mkdir()
     jobs = [(split,i) for split,n in (('train',n_train), ('test',n_test)) for i in range(n)]
     rows = _map(partial(_write, root=root, kind=kind, seed=seed, size=size), jobs, min(workers, len(jobs)//32 + 1))
-    pd.DataFrame(tqdm(rows, desc=f'{kind} clips', total=len(jobs))).to_csv(root/'clips.csv', index=False)
+    pd.DataFrame(tqdm(rows, desc=f'{kind} clips', total=len(jobs), disable=None)).to_csv(root/'clips.csv', index=False)
     (root/'tinyclips.json').write_text(json.dumps(dict(settings, done=True)))
     return root/'clips.csv'
