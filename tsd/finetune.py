@@ -38,17 +38,18 @@ def layer_groups(
 # %% ../nbs/25_finetune.ipynb #ed9b58ef
 _new = re.compile(r'(head|fc_norm)\.')                                         # what weights without a head may lack
 
-def _foreign(path, state, frames, size, kind):
+def _foreign(path, state, frames, size, kind, num_heads, verbose):
     try:
         kind = kind or layout(state)
         if kind == 'tsd': raise ValueError('weights of a student alone, which do not say how it was built: save it with save_student or save_pretrained')
-        shape = infer_config(remap(state, kind=kind)) | dict(img_size=size, num_frames=frames)
+        shape = infer_config(remap(state, kind=kind), num_heads) | dict(img_size=size, num_frames=frames)
     except ValueError as e: raise ValueError(f'{path}: {e}') from e
     own = dict(mhca_blocks=0, class_token='cls_token' in state)
     model = VideoViT(**own, **shape) if kind in ('mvd','timm') else VideoMAEViT(**shape)
     report = load_checkpoint(model, path, strict=False, kind=kind)
     if lost := [k for k in report.missing if not _new.match(k)]: raise ValueError(f'{path} is incomplete: {len(lost)} weights of the trunk are missing, such as {lost[0]}')
-    if not report.positions: warnings.warn(str(report))
+    if not report.positions: warnings.warn(f'{path} was trained with other positions than the network adds: fine-tuning has to learn them')
+    if verbose: print(report)
     model.vocab = report.vocab
     return model
 
@@ -58,6 +59,8 @@ def pretrained_student(
     frames=16, # T of the clips it will see, where the weights do not say
     size=224,  # their height and width, likewise
     kind=None, # layout where the names do not tell: 'mvd' for a fine-tuned MVD, whose names are VideoMAE's
+    num_heads=None, # attention heads, of a ViT of no usual width
+    verbose=True,   # print what was loaded from others' weights
 ):
     "The network of `path` in eval mode, with its own head, or none where there is none. ValueError or FileNotFoundError names file and fault"
     state,meta = read_checkpoint(path)
@@ -66,7 +69,7 @@ def pretrained_student(
     if folder and cls: model = cls.from_pretrained(path)
     elif cls is VideoViT and 'digest' not in meta: model = load_student(path)[0]
     elif 'digest' in meta: raise ValueError(f'{path} is a teacher: fine-tune its network, load_teacher(path).model')
-    else: model = _foreign(path, state, frames, size, kind)
+    else: model = _foreign(path, state, frames, size, kind, num_heads, verbose)
     return model.eval()
 
 # %% ../nbs/25_finetune.ipynb #596279d2

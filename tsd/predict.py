@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from .imports import *
 from .analysis import attention_centres
-from .data import VIDEO_SUFFIXES
+from .annotations import VIDEO_SUFFIXES
 from .evaluate import clip_views, load_classifier, view_probs
 from .mhca import MHCA
 from .sampling import dense_indices, last_start, span
