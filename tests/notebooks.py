@@ -54,7 +54,7 @@ def render_readme(path=NBS/'index.ipynb'):
     for c in read_nb(path).cells:
         flags = re.findall(r'^#\|\s*(.+?)\s*$', c.source, re.M)
         if 'hide' in flags: continue
-        if c.cell_type == 'markdown': keep.append(re.sub(r'\]\((\w+\.ipynb)\)', r'](nbs/\1)', c.source))
+        if c.cell_type == 'markdown': keep.append(re.sub(r'\]\(([\w/]+\.ipynb)\)', r'](nbs/\1)', c.source))
         else:
             code = re.sub(r'^#\|.*\n?', '', c.source, flags=re.M).strip()
             if 'echo: false' not in flags: keep.append(f'```python\n{code}\n```')

@@ -14,6 +14,7 @@ from fastai.callback.tracker import EarlyStoppingCallback
 from fastai.callback.training import GradientClip
 from fastai.data.transforms import CategoryMap
 from fastai.learner import Learner
+from fastai.metrics import accuracy
 from fastai.losses import CrossEntropyLossFlat
 import fastai.callback.schedule   # Learner.fit_one_cycle
 from fastai.torch_core import set_seed
@@ -87,7 +88,7 @@ def train(kind, folder, cbs, lr=1e-3, num_workers=0, loaders_kw={}, resume='auto
     set_seed(0)
     if kind == 'fastai':                                  # any Learner, with fastai's own optimizer, schedule and callbacks
         net = torch.nn.Sequential(torch.nn.AdaptiveAvgPool3d((1,4,4)), torch.nn.Flatten(), torch.nn.Dropout(.5), torch.nn.Linear(48, 2))
-        learn = Learner(dls, net, loss_func=CrossEntropyLossFlat())
+        learn = Learner(dls, net, loss_func=CrossEntropyLossFlat(), metrics=accuracy)
     else:
         cnn = Teacher(timm.create_model('test_resnet', num_classes=2, output_stride=8))
         vit = Teacher(VideoMAEViT(**TINY, img_size=16, num_frames=4, depth=1, num_classes=2))
@@ -97,7 +98,9 @@ def train(kind, folder, cbs, lr=1e-3, num_workers=0, loaders_kw={}, resume='auto
     with learn.no_bar(), learn.no_logging():
         if kind == 'two_stage': learn.fit_two_stage(e//2, e-e//2, lr=lr, **history)
         elif kind == 'finetune': learn.fit_finetune(e, lr=lr, **{**history, 'cbs': [EMA(.9), Accumulate(2), GradientClip(1.), FiniteLoss(), Precision('bf16'), *history['cbs']]})
-        else: learn.fit_one_cycle(e, lr, cbs=[EarlyStoppingCallback(patience=9), *history['cbs']])
+        else:
+            learn.tracker = EarlyStoppingCallback('accuracy', patience=9)
+            learn.fit_one_cycle(e, lr, cbs=[learn.tracker, *history['cbs']])
     return learn
 
 def digest(o, h=None):
@@ -117,8 +120,9 @@ def outcome(learn, folder):
     opt = learn.opt.opt.state_dict() if hasattr(learn.opt, 'opt') else learn.opt.state_dict()
     res = dict(weights=digest(learn.model.state_dict()), opt=digest(opt['state']), losses=[v.item() for v in rec.losses], lrs=[float(v) for v in rec.lrs], values=[list(v) for v in rec.values],
                chance=digest(resume.random_states()), train_iter=learn.train_iter)
+    if 'tracker' in vars(learn): res['best'] = [float(learn.tracker.best), learn.tracker.wait]
     if hasattr(learn, 'history') and isinstance(learn.history, pd.DataFrame):
-        keep = lambda df: df[df.metric != 'clips_per_second'].to_csv(index=False)
+        keep = lambda df: df[~df.metric.isin(['clips_per_second','data_wait'])].to_csv(index=False)
         speeds = (learn.history.metric == 'clips_per_second').sum()
         res |= dict(history=keep(learn.history), file=keep(pd.read_csv(folder/'history.csv')), speeds=int(speeds))
     return res

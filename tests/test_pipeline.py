@@ -13,7 +13,9 @@ INTERFACE = dict(
     distill='kd_loss stage_loss Distill', teachers='prepare_teacher load_teacher', sampling='dense_indices uniform_indices view_indices',
     video='probe decode check VideoError VideoInfo Check', augment='MultiScaleCrop VideoMixup three_crops', data='VideoDataLoaders',
     tinyclips='make_tinyclips', schedule='Stage TwoStage', learner='two_stage_learner', finetune='finetune_learner', evaluate='test_views predict',
-    checkpoints='save_student load_student', plots='plot_history plot_results', paper='paper_tables RECIPE ledger')
+    checkpoints='save_student load_student', plots='plot_history plot_results', paper='paper_tables RECIPE ledger',
+    annotations='read_annotations check_classes', doctor='doctor prepare_data', frames='FrameCache', resume='ExactResume', cache='TeacherCache Views cache_bytes',
+    training='Precision Accumulate EMA FiniteLoss', predict='sliding_probs rollout', analysis='compare cka', bench='bench compare')
 TINY = ('--frames 4 --embed-dim 48 --num-heads 3 --cnn-epochs 1 --vit-epochs 1 --stage1-epochs 1 --stage2-epochs 1 --finetune-epochs 1 --bs 10 --clips 2').split()
 SMALL = '--teacher-clips 40 --student-clips 20 --test-clips 20'.split()
 

@@ -21,8 +21,11 @@ from .tinyclips import *
 from .distill import *
 from .schedule import *
 from .learner import *
+from .resume import *
 from .cache import *
 from .finetune import *
+from .training import *
+from .distributed import *
 from .evaluate import *
 from .analysis import *
 from .predict import *

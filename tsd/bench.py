@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BENCHES', 'peak_bytes', 'compare', 'bench_mhca', 'bench_student', 'gmacs', 'stage_step', 'bench_stages',
            'moving_texture', 'bench_set', 'gpu_rate', 'cores_to_feed', 'each_view', 'all_views', 'bench_data',
-           'plot_data', 'bench', 'plot_bench', 'cached', 'gflops', 'bench_cache', 'bare_loop', 'bench_engine']
+           'plot_data', 'cached', 'gflops', 'bench_cache', 'bare_loop', 'bench_engine', 'bench', 'plot_bench']
 
 # %% ../nbs/41_bench.ipynb #45f1048f
 import platform, tempfile, time
@@ -49,9 +49,11 @@ def compare(
     repeats=5,      # rounds; each runs all of them in turn
     device='cpu',
     memory=True,    # measure it too, in a run of its own
-    clock=time.perf_counter): # or `time.process_time`, which other processes disturb less: seconds of this one alone
+    clock=None):    # seconds; None: of this process where a single CPU thread works, which other programs do not disturb, else of the wall
     "A row for each of `fs`: median seconds and peak MiB, and both as ratios to the baseline's"
-    sync = torch.cuda.synchronize if torch.device(device).type == 'cuda' else lambda: None
+    cuda = torch.device(device).type == 'cuda'
+    sync = torch.cuda.synchronize if cuda else lambda: None
+    if clock is None: clock = time.perf_counter if cuda or torch.get_num_threads() > 1 else time.process_time
     mib = {k: peak_bytes(f, device)/2**20 if memory else np.nan for k,f in fs.items()}   # warms up as well
     seconds = {k: [] for k in fs}
     for _ in tqdm(range(repeats), '/'.join(fs), disable=None, leave=False):
@@ -290,48 +292,6 @@ def plot_data(
     fig.set_axis_labels('speed, baseline 1', ''); fig.tight_layout()
     return fig
 
-# %% ../nbs/41_bench.ipynb #d05d1f99
-BENCHES = dict(mhca=bench_mhca, student=bench_student, stages=bench_stages, data=bench_data)
-
-def _writable(path):
-    "An OSError before the work rather than after it where a file cannot be written"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    open(path, 'a').close()
-    if new: path.unlink()
-
-def bench(
-    name,          # one of `BENCHES`
-    out,           # CSV file to write
-    repeats=5,
-    device='cpu',  # or 'cuda'
-    threads=None,  # torch's, on a CPU; default as it is
-    command=''):   # that made the table, kept in it
-    "Run a benchmark and write its table, with the machine and the command, and where it has ratios a figure beside it"
-    if name not in BENCHES: raise ValueError(f'there is no benchmark {name!r}: choose from {", ".join(BENCHES)}')
-    if device == 'cuda' and not torch.cuda.is_available(): raise ValueError('--device cuda: torch sees no GPU here')
-    if repeats < 1: raise ValueError(f'repeats = {repeats} must be at least 1')
-    _writable(Path(out))
-    before = torch.get_num_threads()
-    if threads: torch.set_num_threads(threads)
-    try: df = BENCHES[name](repeats=repeats, device=device)
-    finally: torch.set_num_threads(before)
-    df = df.assign(device=torch.cuda.get_device_name() if device == 'cuda' else platform.machine(), threads=threads or before, torch=torch.__version__, command=command)
-    df.round(5).to_csv(out, index=False)
-    if 'ratio' in df: plot_bench(df); plt.savefig(Path(out).with_suffix('.png'), dpi=100, bbox_inches='tight'); plt.close()
-    return df
-
-def plot_bench(
-    df): # table of `bench_mhca` or `bench_student`
-    "Ratios of time and of memory to the baseline's"
-    fig,axs = plt.subplots(1, 2, figsize=(7.5, .45*df.what.nunique()*df.form.nunique()/2 + 1), sharey=True, layout='constrained')
-    for ax,col,name in zip(axs, ('ratio','mib_ratio'), ('time','peak memory')):
-        sns.barplot(df, y='what', x=col, hue='form', ax=ax, legend=ax is axs[1])
-        ax.axvline(1, color='k', lw=.8, ls='--'); ax.set(xlabel=f'{name}, ratio to {df.baseline[0]}', ylabel='')
-        for c in ax.containers: ax.bar_label(c, fmt='%.2f', fontsize=7, padding=2)
-    sns.despine(); sns.move_legend(axs[1], 'upper left', bbox_to_anchor=(1,1), frameon=False, title='')
-    return axs
-
 # %% ../nbs/41_bench.ipynb #b1399de4
 import tempfile
 from unittest.mock import patch
@@ -376,8 +336,6 @@ def bench_cache(
             rows.append(compare({'teacher': step, 'cache': disk, 'no teacher': memory}, repeats, device).assign(what=what, gflops=[gflops(f) for f in (step, disk, memory)]))
     df = pd.concat(rows, ignore_index=True)
     return df.assign(speedup=1/df.ratio)
-
-BENCHES['cache'] = bench_cache
 
 # %% ../nbs/41_bench.ipynb #f8f43517
 from copy import deepcopy
@@ -445,4 +403,45 @@ def bench_engine(
     df = compare({'bare PyTorch': fresh(bare, plain.student), 'fastai engine': fresh(engine, learn.student)}, repeats, device, False, time.perf_counter if torch.device(device).type == 'cuda' else time.process_time).assign(what=f'epoch of {steps} steps of stage 2, {bs} clips of {frames} x {size} x {size}')
     return df.assign(loss=[seen['bare'], seen['fastai']])
 
-BENCHES['engine'] = bench_engine
+# %% ../nbs/41_bench.ipynb #d05d1f99
+BENCHES = dict(mhca=bench_mhca, student=bench_student, stages=bench_stages, data=bench_data, cache=bench_cache, engine=bench_engine)
+
+def _writable(path):
+    "An OSError before the work rather than after it where a file cannot be written"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    open(path, 'a').close()
+    if new: path.unlink()
+
+def bench(
+    name,          # one of `BENCHES`
+    out,           # CSV file to write
+    repeats=5,
+    device='cpu',  # or 'cuda'
+    threads=None,  # torch's, on a CPU; default as it is
+    command=''):   # that made the table, kept in it
+    "Run a benchmark and write its table, with the machine and the command, and where it has ratios a figure beside it"
+    if name not in BENCHES: raise ValueError(f'there is no benchmark {name!r}: choose from {", ".join(BENCHES)}')
+    if device == 'cuda' and not torch.cuda.is_available(): raise ValueError('--device cuda: torch sees no GPU here')
+    if repeats < 1: raise ValueError(f'repeats = {repeats} must be at least 1')
+    _writable(Path(out))
+    before = torch.get_num_threads()
+    torch.set_flush_denormal(True)                                            # see `tsd.mhca`
+    if threads: torch.set_num_threads(threads)
+    try: df = BENCHES[name](repeats=repeats, device=device)
+    finally: torch.set_num_threads(before)
+    df = df.assign(device=torch.cuda.get_device_name() if device == 'cuda' else platform.machine(), threads=threads or before, torch=torch.__version__, command=command)
+    df.round(5).to_csv(out, index=False)
+    if 'ratio' in df: (plot_bench if 'mib_ratio' in df else plot_data)(df); plt.savefig(Path(out).with_suffix('.png'), dpi=100, bbox_inches='tight'); plt.close()
+    return df
+
+def plot_bench(
+    df): # table of `bench_mhca` or `bench_student`
+    "Ratios of time and of memory to the baseline's"
+    fig,axs = plt.subplots(1, 2, figsize=(7.5, .45*df.what.nunique()*df.form.nunique()/2 + 1), sharey=True, layout='constrained')
+    for ax,col,name in zip(axs, ('ratio','mib_ratio'), ('time','peak memory')):
+        sns.barplot(df, y='what', x=col, hue='form', ax=ax, legend=ax is axs[1])
+        ax.axvline(1, color='k', lw=.8, ls='--'); ax.set(xlabel=f'{name}, ratio to {df.baseline[0]}', ylabel='')
+        for c in ax.containers: ax.bar_label(c, fmt='%.2f', fontsize=7, padding=2)
+    sns.despine(); sns.move_legend(axs[1], 'upper left', bbox_to_anchor=(1,1), frameon=False, title='')
+    return axs

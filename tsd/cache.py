@@ -29,9 +29,10 @@ def _multipliers(name, n, device='cpu'):
 # %% ../nbs/24_cache.ipynb #9dd2855b
 def row_hash(
     words,      # int32 (…,L)
-    name='row'):# of the multipliers: another name, another hash
-    "128 bits (…,4) int32 of each row of words, by four multilinear sums; the same on every device"
-    m,w = _multipliers(name, words.shape[-1]+1, str(words.device)),words.long()
+    name='row', # of the multipliers: another name, another hash
+    n=4):       # sums, 4 at most
+    "Bits (…,n) int32 of each row of words, 32 from each of `n` multilinear sums; the same on every device"
+    m,w = _multipliers(name, words.shape[-1]+1, str(words.device))[:n],words.long()
     return torch.stack([(w*o[1:]).sum(-1) + o[0] for o in m], -1).bitwise_right_shift(32).int()
 
 # %% ../nbs/24_cache.ipynb #9e8e03b9
@@ -60,7 +61,7 @@ def _sums(records, salt):
     "The checksums that `records` should have"
     words = np.ascontiguousarray(records).view('<i4').reshape(len(records), -1)[:,:-2].copy()
     words = torch.cat([torch.from_numpy(words), torch.tensor(salt, dtype=torch.int32).expand(len(words), -1)], 1)
-    return row_hash(words, 'record')[:,:2].numpy()
+    return row_hash(words, 'record', 2).numpy()
 
 # %% ../nbs/24_cache.ipynb #0cbfb695
 def pack(
@@ -138,7 +139,7 @@ class LogitStore:
         finally: part.unlink(missing_ok=True)
 
     def enter(self, epoch):
-        "Index the whole records of `epoch`; those written from now on go there. Returns how many are not whole"
+        "Index the whole records of `epoch`; those written from now on go there. Returns how many are damaged"
         self.close()
         self.epoch,self.shards = epoch,[_scan(p, self.kind, self.salt) for p in sorted(self.path.glob(f'{epoch:05d}-*.bin'))]
         where = [np.stack([np.full(good.sum(), i), np.flatnonzero(good)], 1) for i,(_,good,_) in enumerate(self.shards)]
@@ -146,7 +147,7 @@ class LogitStore:
         keys,where = (np.concatenate([np.zeros((0,2), np.int64), *o]) for o in (keys, where))
         order = keys[:,0].argsort(kind='stable')
         self.keys,self.where = keys[order],where[order]
-        return sum(int((~good).sum()) + (tail > 0) for _,good,tail in self.shards)
+        return sum(int((~good).sum()) for _,good,_ in self.shards)
 
     def find(self, keys):
         "Where the entries of `keys` (n,4) are: rows of the index, -1 for those that are not kept"
@@ -198,10 +199,11 @@ def teacher_identity(
     "What decides a teacher's answer to given pixels, as a dict that JSON can hold"
     m,auto = teacher.model,torch.is_autocast_enabled(device.type)
     text = lambda o: hashlib.blake2b(str(o).encode(), digest_size=8).hexdigest()
-    return dict(kind=(getattr(m, 'pretrained_cfg', None) or {}).get('architecture') or type(m).__name__, weights=_digest(teacher.state_dict()),
-                layers=text(m), config=getattr(m, 'config', {}), memo=[str(o.memo.dtype) for o in teacher.modules() if getattr(o, 'memo', None) is not None],
-                device=device.type, precision=str(torch.get_autocast_dtype(device.type)) if auto else f'float32, {torch.get_float32_matmul_precision()}, tf32 {torch.backends.cudnn.allow_tf32}',
-                versions=dict(tsd=__version__, torch=torch.__version__, timm=timm.__version__))
+    who = dict(kind=(getattr(m, 'pretrained_cfg', None) or {}).get('architecture') or type(m).__name__, weights=_digest(teacher.state_dict()),
+               layers=text(m), config=getattr(m, 'config', {}), memo=[str(o.memo.dtype) for o in teacher.modules() if getattr(o, 'memo', None) is not None],
+               device=device.type, precision=str(torch.get_autocast_dtype(device.type)) if auto else f'float32, {torch.get_float32_matmul_precision()}, tf32 {torch.backends.cudnn.allow_tf32}',
+               versions=dict(tsd=__version__, torch=torch.__version__, timm=timm.__version__))
+    return json.loads(json.dumps(who))
 
 # %% ../nbs/24_cache.ipynb #58bc4407
 class TeacherCache(Callback):

@@ -143,7 +143,7 @@ def finetune(args, command):
 # %% ../nbs/50_cli.ipynb #8b4eef03
 def add_bench(p):
     "Options of `tsd bench`"
-    p.add_argument('name', help='mhca: plain, dense and folded attention; student: against Hugging Face; stages: a step of each at full size; data: decoding, loaders, tests, caches; engine: fastai and callbacks against a bare loop')
+    p.add_argument('name', help="mhca: plain, dense and folded attention; student: against Hugging Face; stages: a step of each at full size; data: decoding, loaders, tests, caches; cache: a step with the teacher's answer from disk; engine: fastai and callbacks against a bare loop")
     p.add_argument('--out', help='CSV file to write (default runs/bench_NAME.csv)')
     p.add_argument('--repeats', type=int, default=5, help='rounds (default 5)')
     p.add_argument('--device', default='cpu', choices=('cpu','cuda'), help='where (default cpu)')
@@ -174,6 +174,7 @@ def _sampling(p):
     p.add_argument('--clips', type=int, default=5, help='clips a video, spread over its time (default 5; 2 is usual on Something-Something)')
     p.add_argument('--crops', type=int, default=3, choices=(1,3), help='crops a clip (default 3)')
     p.add_argument('--stride', type=int, help="video frames from one clip frame to the next (default the model's own; 4 for a model that does not know)")
+    p.add_argument('--classes', metavar='FILE', help='class names in the order of the logits, one a line, for a model that does not know them')
     p.add_argument('--mode', choices=('dense','uniform'), help="where clips take their frames (default the model's own)")
     p.add_argument('--device', help='such as cpu, cuda, cuda:1 (default cuda where there is one)')
 
@@ -181,12 +182,13 @@ def _classifier(args):
     "The model of `--model` on its device, with what options say of its sampling; joins the processes of torchrun"
     import torch.distributed as dist
     from dataclasses import replace
+    from tsd.annotations import read_classes
     from tsd.evaluate import load_classifier
     if int(os.environ.get('WORLD_SIZE', 1)) > 1 and not dist.is_initialized(): dist.init_process_group('gloo')
     if args.clips < 1: raise ValueError(f'--clips {args.clips} must be at least 1')
     model = os.path.expandvars(args.model)
-    if model.endswith('.onnx'): from tsd.export import load_onnx as load_classifier
-    c = load_classifier(model)
+    if model.endswith('.onnx'): from tsd.export import load_onnx; model = load_onnx(model)
+    c = load_classifier(model, vocab=args.classes and read_classes(args.classes))
     device = args.device or (f'cuda:{os.environ.get("LOCAL_RANK", 0)}' if torch.cuda.is_available() else 'cpu')
     try: c.net.to(device)
     except (RuntimeError, AssertionError) as e: raise ValueError(f'--device {device} cannot be used ({str(e).splitlines()[0]})') from e
@@ -397,14 +399,14 @@ def prepare_data(args, command):
 COMMANDS = {'demo': (add_demo, demo, 'the whole method once: teachers, both stages, fine-tuning, test, table and figures'),
             'study': (add_study, study, 'four students that differ in their teachers only, over several seeds, to a CSV; goes on where it was stopped'),
             'prepare-teacher': (add_prepare, prepare, 'fit a CNN teacher to the classes of your clips, say how good it is, and keep it in a file'),
-            'cache': (add_cache, cache, 'look at or check the answers of teachers that a TeacherCache keeps'),
-            'train': (add_train, train, 'a recipe or a file of your own: teachers, both stages, fine-tuning, test; or the plan of it'),
-            'finetune': (add_finetune, finetune, 'the same without the stages: fine-tune and test a student, or weights of VideoMAE or MVD'),
-            'doctor': (add_doctor, doctor, 'look for missing, damaged, duplicate and too short videos, and for splits that leak; goes on where it was stopped'),
-            'prepare-data': (add_prepare_data, prepare_data, 'encode videos anew with a small short side and close keyframes; goes on where it was stopped'),
             'test': (add_test, test, 'test a model over several clips and crops a video, to a CSV with scores and figures; goes on where it was stopped'),
             'compare': (add_compare, compare, 'two tests of the same videos: difference with its interval, McNemar'),
             'predict': (add_predict, predict, 'the most probable classes of videos, a line each; timeline and attention of one'),
+            'doctor': (add_doctor, doctor, 'look for missing, damaged, duplicate and too short videos, and for splits that leak; goes on where it was stopped'),
+            'prepare-data': (add_prepare_data, prepare_data, 'encode videos anew with a small short side and close keyframes; goes on where it was stopped'),
+            'cache': (add_cache, cache, 'look at or check the answers of teachers that a TeacherCache keeps'),
+            'train': (add_train, train, 'a recipe or a file of your own: teachers, both stages, fine-tuning, test; or the plan of it'),
+            'finetune': (add_finetune, finetune, 'the same without the stages: fine-tune and test a student, or weights of VideoMAE or MVD'),
             'export': (add_export, export, 'a student for use elsewhere: the Hub, torch.export, ONNX and int8, compared with it, and a model card'),
             'cost': (add_cost, cost, 'parameters, multiply-adds, memory and time of student and teachers on this machine, beside their accuracy'),
             'bench': (add_bench, bench, 'time and memory as ratios to a named baseline, to a CSV')}
@@ -430,7 +432,8 @@ def main(
         from tsd import __version__
         print(__version__); return 0
     if args.command is None: top.print_help(); return 2
-    try: return COMMANDS[args.command][1](args, shlex.join(['tsd', *argv])) or 0
+    torch.set_flush_denormal(True)                                            # see `tsd.mhca`
+    try: status = COMMANDS[args.command][1](args, shlex.join(['tsd', *argv]))
     except (ValueError, OSError, MemoryError, VideoError) as e:
         if args.traceback: raise
         said = str(e)
@@ -438,3 +441,4 @@ def main(
         said = re.sub(r'^Exception occured in `\w+` when calling event `\w+`:\s*', '', said)                    # of a callback
         print(f'tsd: {said}', file=sys.stderr); return 1
     except KeyboardInterrupt: print('tsd: stopped', file=sys.stderr); return 130
+    return status or 0

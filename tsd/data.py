@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 # %% ../nbs/13_data.ipynb #155c8237
-from fastai.torch_core import TensorBase, default_device, show_image
+from fastai.torch_core import TensorBase, default_device, show_image, to_detach
 from fastai.data.core import DataLoaders, TfmdDL, show_batch, show_results
 from fastai.data.load import fa_collate
 from fastai.data.transforms import Category, CategoryMap
@@ -320,10 +320,14 @@ class ClipNormalize(DisplayedTransform):
 # %% ../nbs/13_data.ipynb #78dd1fa9
 class VideoDL(TfmdDL):
     "A loader whose order depends on the data set's seed and epoch alone"
-    def __init__(self, dataset, bs=8, num_workers=0, timeout=300, repeats=1, **kwargs):
+    def __init__(self, dataset, bs=8, num_workers=0, timeout=300, repeats=1, share=(0,1), **kwargs):
         if repeats < 1 or bs % repeats: raise ValueError(f'bs is {bs} and repeats is {repeats}: a batch holds `repeats` views of each of its videos, so bs must be a multiple of repeats')
-        self.repeats,bs = repeats,bs//repeats   # clips → videos, which is what a loader counts
-        super().__init__(dataset, bs=bs, num_workers=num_workers, timeout=timeout if num_workers else 0, **kwargs)
+        if kwargs.get('shuffle') and share[1] > 1:
+            if bs % (repeats*share[1]): raise ValueError(f'bs is {bs}, for {share[1]} processes together: it must be a multiple of {repeats*share[1]}')
+            if not kwargs.get('drop_last') and len(dataset) % share[1]: raise ValueError(f'{len(dataset)} training clips cannot be shared evenly by {share[1]} processes: use drop_last=True')
+        self.repeats,self.share,self.clips = repeats,share,bs   # `bs` is of all processes together; a loader counts the videos of its own
+        super().__init__(dataset, bs=max(bs//repeats//share[1], 1), num_workers=num_workers, timeout=timeout if num_workers else 0, **kwargs)
+        if share[1] > 1: self.n = len(self.get_idxs())
 
     def before_iter(self):
         super().before_iter()
@@ -334,7 +338,17 @@ class VideoDL(TfmdDL):
 
     def new(self, dataset=None, cls=None, **kwargs):
         "As fastai's; `bs` counts clips, and a loader that doesn't shuffle sees each video once"
-        return super().new(dataset, cls, **{'bs':self.bs*self.repeats, 'repeats':self.repeats if kwargs.get('shuffle', self.shuffle) else 1, **kwargs})
+        return super().new(dataset, cls, **{'bs':self.clips, 'share':self.share, 'repeats':self.repeats if kwargs.get('shuffle', self.shuffle) else 1, **kwargs})
+
+    def get_idxs(self):
+        "What this process reads: of every batch its share, one video in as many as there are processes"
+        rank,world = self.share
+        if world == 1: return super().get_idxs()
+        idxs,videos = list(range(len(self.dataset))),self.clips//self.repeats
+        if self.shuffle: idxs = self.shuffle_fn(idxs)
+        return idxs[rank:len(idxs)//videos*videos if self.drop_last else None:world]
+
+    def to_detach(self, b, cpu=True, gather=True): return to_detach(b, cpu, gather=False)   # processes have different numbers of batches: nothing is gathered within one
 
     def create_item(self, i): return super().create_item(i) if self.repeats==1 else self.dataset.samples(i or 0, self.repeats)
     def do_batch(self, items): return super().do_batch(items if self.repeats==1 else [view for o in items for view in o])

@@ -258,7 +258,7 @@ def doctor(
     if frames < 1 or stride < 1: raise ValueError(f'frames is {frames} and stride {stride}: both must be at least 1')
     if imbalance < 1: raise ValueError(f'imbalance is {imbalance}: it must be at least 1')
     out,df = Path(out or f'runs/doctor_{csv.stem}.csv'),read_annotations(csv)
-    t = tidy_table(df, csv.parent, path_col, label_col, split_col, group_col).assign(name=df[path_col])
+    t = tidy_table(df, csv.parent, path_col, label_col, split_col, group_col).assign(name=df[path_col].values)
     if out.exists() and out.samefile(csv): raise ValueError(f'{out}: is the table of clips itself: choose another place for the report')
     if out.is_dir(): raise ValueError(f'{out}: is a folder: name a file for the report')
     if out.exists() and not out.read_bytes().startswith(','.join(REPORT).encode()): raise ValueError(f'{out}: exists, and is not a report of the doctor: choose another name')

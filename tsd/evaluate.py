@@ -39,13 +39,13 @@ def clip_views(
     sampling,       # `Sampling`
     crops=3,        # 1 (middle) or 3 (along the long side)
     backend='auto', # of `decode`
-    cache=None,     # path → all its frames, as `VideoDataset.cache`
+    cache=None,     # path → all its frames, as `VideoDataset.cache`: a dict or a `FrameCache`
 ):
     "Views of chosen frames as bytes (clips*crops,C,T,size,size), clip by clip, from one decode. VideoError where it cannot be read"
     if crops not in (1, 3): raise ValueError(f'crops = {crops} must be 1 or 3')
     wanted,where = np.unique(indices, return_inverse=True)
     if isinstance(video, (np.ndarray, Tensor)): x = resize_short(_frames(video)[torch.as_tensor(wanted)], sampling.short_side)
-    elif video in (cache or {}): x = cache[video].index_select(0, torch.as_tensor(wanted))
+    elif cache and (kept := cache.get(video)) is not None: x = kept.index_select(0, torch.as_tensor(wanted))
     else: x = decode(video, wanted, backend, sampling.short_side)
     x = x.permute(0,3,1,2)                                                                            # (F,C,H,W)
     crop = three_crops(x, sampling.size) if crops == 3 else centre_crop(x, sampling.size)[None]       # (crops,F,C,s,s)
@@ -63,7 +63,8 @@ def video_views(
 ):
     "All views of a video as `clip_views` gives them, the clips spread evenly over it"
     if clips < 1: raise ValueError(f'clips = {clips} must be at least 1')
-    n = len(_frames(video)) if isinstance(video, (np.ndarray, Tensor)) else len(cache[video]) if video in (cache or {}) else probe(video).frames
+    kept = _frames(video) if isinstance(video, (np.ndarray, Tensor)) else cache.get(video) if cache else None
+    n = probe(video).frames if kept is None else len(kept)
     idx = view_indices(n, sampling.frames, sampling.stride, clips, sampling.mode) if clips > 1 else sampling.indices(n)[None]   # (clips,T)
     return clip_views(video, idx, sampling, crops, backend, cache)
 
@@ -115,7 +116,7 @@ def load_classifier(
     elif isinstance(model, nn.Module): c = Classifier(model, getattr(model, 'vocab', None), None, None)
     else: c = _of_file(Path(model))
     what = model if isinstance(model, (str, Path)) else f'the {type(c.net).__name__}'
-    if c.vocab and vocab: _same_classes(list(c.vocab), list(vocab), what)
+    check_classes(c.vocab, vocab, what, 'test on its own classes, or fine-tune it for these')
     c = Classifier(c.net, list(vocab or c.vocab or []), sampling or c.sampling, norm or c.norm or ClipNormalize())
     k = getattr(c.net, 'num_classes', len(c.vocab))
     if not k: raise ValueError(f'{what} has no head: fine-tune it first')
@@ -124,13 +125,6 @@ def load_classifier(
     if len(set(c.vocab)) < k: raise ValueError(f'the class name {next(o for o in c.vocab if c.vocab.count(o) > 1)!r} is there twice')
     if c.sampling is None: raise ValueError(f'{what} does not know its sampling: give sampling, or save it with save_student(student, path, vocab, sampling=asdict(…))')
     return c
-
-def _same_classes(own, given, what):
-    if own == given: return
-    if new := [o for o in given if o not in own]: raise ValueError(f"class {new[0]!r} is not one of the {len(own)} classes of {what} ({len(new)} such names)")
-    if len(own) != len(given): raise ValueError(f'{what} has {len(own)} classes, and {len(given)} class names were given')
-    i = next(i for i,(a,b) in enumerate(zip(own, given)) if a != b)
-    raise ValueError(f'the class names are those of {what} in another order: number {i} is {given[i]!r} and should be {own[i]!r}')
 
 # %% ../nbs/30_evaluate.ipynb #313fee4d
 def view_probs(

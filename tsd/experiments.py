@@ -131,9 +131,9 @@ def arm_stages(
 
 class Snapshot(Callback):
     "Keep a copy of the student after `epoch` epochs"
-    def __init__(self, epoch): self.at,self.student = epoch,None
+    def __init__(self, epoch): self.at,self.kept = epoch,None
     def after_epoch(self):
-        if self.epoch + 1 == self.at: self.student = deepcopy(self.model.student)
+        if self.epoch + 1 == self.at: self.kept = deepcopy(self.model.student)
 
 def train_arm(
     arm, s, dls, cnn, vit, # as `arm_stages`, and the student's loaders
@@ -147,7 +147,7 @@ def train_arm(
     snap = Snapshot(s.stage1_epochs)
     with nullcontext() if bar else learn.no_bar():
         learn.fit_stages(arm_stages(arm, s, cnn, vit), lr=s.lr, cbs=[snap] + ([Views(s.views)] if s.views else []), history=history)
-    return learn,snap.student
+    return learn,snap.kept
 
 # %% ../nbs/40_experiments.ipynb #f21b59e6
 def study(

@@ -86,11 +86,12 @@ class FinetuneLearner(Learner):
         epochs=150,     # 150 for Kinetics (section 3.1), 40 for Something-Something
         lr=1e-3,        # highest learning rate, of the head (section 3.1)
         warmup=None,    # share of the run that warms up; default 5 epochs, of fewer than 40 a tenth
-        cbs=None,       # further callbacks
+        cbs=None,       # further callbacks, such as `ExactResume`
         history=None):  # CSV file for the records, see `RunHistory`
         "Warm-up and cosine, each layer at its share of `lr`"
         if epochs < 1: raise ValueError(f'epochs = {epochs}: fine-tuning needs at least one')
         self.create_opt()
+        torch.set_flush_denormal(True)                                # MHCA on a CPU, see `tsd.mhca`
         scales = np.array([g.get('lr_scale', 1.) for g in self.opt.opt.param_groups])
         sched = ParamScheduler({'lr': warmup_cosine(lr*scales, (5/epochs if epochs >= 40 else .1) if warmup is None else warmup)})
         self.fit(epochs, lr*scales, cbs=[sched, DataWait(), RunHistory(history, 'finetune'), *L(cbs)])

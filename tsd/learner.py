@@ -21,6 +21,7 @@ from timm.optim import param_groups_weight_decay
 from .imports import *
 from .annotations import check_classes
 from .distill import Distill, DistillModel
+from .distributed import rank_world
 from .schedule import Stage, TwoStage, warmup_cosine
 from .teachers import check_teacher
 
@@ -55,7 +56,7 @@ class RunHistory(Callback):
     def __init__(self,
         path=None,  # CSV file to append to
         run='run'): # name of the run in the records
-        self.path,self.name_of_run = path and Path(path),run   # `run` is fastai's switch
+        self.path,self.name_of_run = Path(path) if path and rank_world()[0] == 0 else None,run   # `run` is fastai's switch
     def before_fit(self):
         self.rows,self.learn.history = [],pd.DataFrame()
         self.base = self.path.stat().st_size if self.path and self.path.exists() else 0   # bytes of other runs
@@ -72,7 +73,7 @@ class RunHistory(Callback):
         stage = two.stage.name if two is not None and two.stage is not None else self.name_of_run
         last = {k: v/max(self.n, 1) for k,v in self.sums.items()}
         valid = dict(zip(['valid_loss', *[m.name for m in self.learn.metrics]], self.learn.recorder.log[2:]))
-        values = {**last, **{k: v for k,v in valid.items() if isinstance(v, float)}, 'lr': self.opt.hypers[-1]['lr'], 'clips_per_second': self.n*self.dls.train.bs*getattr(self.dls.train, 'repeats', 1)/self.seconds}
+        values = {**last, **{k: v for k,v in valid.items() if isinstance(v, float)}, 'lr': self.opt.hypers[-1]['lr'], 'clips_per_second': self.n*getattr(self.dls.train, 'clips', self.dls.train.bs)/self.seconds}
         if hasattr(self.learn, 'data_wait'): values['data_wait'] = self.learn.data_wait.seconds/self.seconds
         rows = [dict(run=self.name_of_run, stage=stage, epoch=self.epoch+1, step=self.learn.train_iter, metric=k, value=float(v)) for k,v in values.items()]
         self.rows += rows
@@ -123,7 +124,7 @@ class TwoStageLearner(Learner):
         lr=1.5e-4,          # highest learning rate (section 3.1, for a batch of 1024)
         warmup=.1,          # share of the run that warms up
         restart=False,      # a warm-up and cosine for each stage instead of one for the run
-        cbs=None,           # further callbacks
+        cbs=None,           # further callbacks, such as `ExactResume`
         history=None):      # CSV file for the records, see `RunHistory`
         "Train through both stages; the records are in `learn.history`"
         self.fit_stages([replace(s, epochs=n) for s,n in zip(self.stages, (stage1_epochs, stage2_epochs))], lr, warmup, restart, cbs, history)
@@ -133,6 +134,7 @@ class TwoStageLearner(Learner):
         stages = [s for s in stages if s.epochs]
         sched = ParamScheduler({'lr': warmup_cosine(lr, warmup, [s.epochs for s in stages] if restart else None)})
         own = [Distill(logit=0), TwoStage(stages), sched, DataWait(), RunHistory(history)]
+        torch.set_flush_denormal(True)                                # MHCA on a CPU, see `tsd.mhca`
         self.fit(sum(s.epochs for s in stages), lr, cbs=[*own, *L(cbs)], reset_opt=True)
 
 # %% ../nbs/22_learner.ipynb #0d5e83ad

@@ -466,7 +466,7 @@ def _counts(d, seed, out, key):
     dls = make_loaders(replace(d, cache=False), 1 if d.repeats == 1 else d.repeats, seed, out, key)
     return len(dls.train_ds),len((dls.test or dls.valid).dataset),dls.c
 
-# %% ../nbs/27_train.ipynb #865e4338
+# %% ../nbs/27_train.ipynb #cdfdc26c
 def plan(
     cfg,         # `Config`
     clips=None,  # assume so many training clips instead of looking at the data
@@ -497,7 +497,7 @@ def plan(
         res[s.name] = row(s, student(c), data, n, s.epochs, t.bs, t.accumulate, t.precision, cache_bytes(n, c, min(t.views or s.epochs, s.epochs), frames, cfg.cache.dtype, cfg.cache.topk) if asks else np.nan)
     if f.epochs: res['finetune'] = row(Stage('finetune', f.epochs, label=1., logit=0.), student(c2), fine, n2, f.epochs, f.bs, f.accumulate, f.precision)
     if cfg.test.clips: res['test'] = dict(clips=videos2, batch=cfg.test.clips*cfg.test.crops)
-    df = pd.DataFrame(res)
+    df = pd.DataFrame(res, dtype=object)
     df.attrs['note'] = note
     return df
 

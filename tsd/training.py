@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Precision', 'Accumulate', 'EMA', 'FiniteLoss']
 
-# %% ../nbs/26_training.ipynb #33f935f9
+# %% ../nbs/26_training.ipynb #dbd2bd7a
 from copy import deepcopy
 from fastai.callback.core import Callback, CancelBatchException
 from fastai.callback.fp16 import MixedPrecision
@@ -14,8 +14,9 @@ from timm.utils import ModelEmaV3
 from torch.amp import GradScaler
 
 from .imports import *
+from .data import VideoDL
 
-# %% ../nbs/26_training.ipynb #b061fafb
+# %% ../nbs/26_training.ipynb #f585a5ba
 class Precision(MixedPrecision):
     "Autocast of student and teacher on any device, losses in float32; 'fp16' scales the loss"
     types = dict(bf16=torch.bfloat16, fp16=torch.float16)
@@ -36,7 +37,7 @@ class Precision(MixedPrecision):
     before_validate = before_train
     def one_batch(self, i, b):
         try: type(self.learn).one_batch(self.learn, i, b)
-        except Exception: self.off(); raise
+        except BaseException: self.off(); self.learn.__dict__.pop('one_batch', None); raise
 
     def off(self):
         if self.cast is not None: self.cast.__exit__(None, None, None)
@@ -99,7 +100,7 @@ class EMA(Callback):
     def state_dict(self): return dict(ema=self.ema.module.state_dict(), updates=self.updates)
     def load_state_dict(self, state): self.ema.module.load_state_dict(state['ema']); self.updates = state['updates']
 
-# %% ../nbs/26_training.ipynb #7d4a1191
+# %% ../nbs/26_training.ipynb #5a4d0b9e
 class FiniteLoss(Callback):
     "Stop at a loss of NaN or infinity with a ValueError that names the clips, or leave out up to `skip` such batches"
     run_valid,order = False,-50
@@ -108,7 +109,9 @@ class FiniteLoss(Callback):
         if skip < 0: raise ValueError(f'skip = {skip} cannot be negative')
         self.skip = skip
 
-    def before_fit(self): self.skipped = 0
+    def before_fit(self):
+        if not isinstance(self.dls.train, VideoDL): raise ValueError(f'FiniteLoss names the clips of a VideoDL, not of a {type(self.dls.train).__name__}')
+        self.skipped = 0
     def files(self):
         "The clips of the present batch"
         dl = self.dls.train
