@@ -16,7 +16,7 @@ setup(
     packages=find_packages(include=['tsd', 'tsd.*']), include_package_data=True, zip_safe=False,
     python_requires=f">={cfg['min_python']}",
     install_requires=shlex.split(cfg['requirements']),
-    extras_require={'dev': shlex.split(cfg['dev_requirements'])},
+    extras_require={'dev': shlex.split(cfg['dev_requirements']) + shlex.split(cfg['export_requirements']), 'export': shlex.split(cfg['export_requirements'])},
     entry_points={'console_scripts': cfg['console_scripts'].split()},
     classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Science/Research', 'Programming Language :: Python :: 3',
                  'License :: OSI Approved :: Apache Software License', 'Operating System :: OS Independent'],

@@ -29,4 +29,6 @@ from .distributed import *
 from .evaluate import *
 from .analysis import *
 from .predict import *
+from .export import *
+from .cost import *
 from .plots import *

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'options', 'resolve', 'add_demo', 'demo', 'add_study', 'study', 'add_prepare', 'prepare', 'add_train',
            'train', 'add_finetune', 'finetune', 'add_bench', 'bench', 'add_cache', 'cache', 'add_test', 'test',
-           'add_compare', 'compare', 'add_predict', 'predict', 'add_doctor', 'doctor', 'add_prepare_data',
-           'prepare_data', 'parser', 'main']
+           'add_compare', 'compare', 'add_predict', 'predict', 'add_export', 'export', 'add_cost', 'cost', 'add_doctor',
+           'doctor', 'add_prepare_data', 'prepare_data', 'parser', 'main']
 
 # %% ../nbs/50_cli.ipynb #addba571
 import argparse, json, re, shlex
@@ -186,7 +186,9 @@ def _classifier(args):
     from tsd.evaluate import load_classifier
     if int(os.environ.get('WORLD_SIZE', 1)) > 1 and not dist.is_initialized(): dist.init_process_group('gloo')
     if args.clips < 1: raise ValueError(f'--clips {args.clips} must be at least 1')
-    c = load_classifier(os.path.expandvars(args.model), vocab=args.classes and read_classes(args.classes))
+    model = os.path.expandvars(args.model)
+    if model.endswith('.onnx'): from tsd.export import load_onnx; model = load_onnx(model)
+    c = load_classifier(model, vocab=args.classes and read_classes(args.classes))
     device = args.device or (f'cuda:{os.environ.get("LOCAL_RANK", 0)}' if torch.cuda.is_available() else 'cpu')
     try: c.net.to(device)
     except (RuntimeError, AssertionError) as e: raise ValueError(f'--device {device} cannot be used ({str(e).splitlines()[0]})') from e
@@ -212,16 +214,21 @@ def _tested(df, split):
     if not len(df): raise ValueError(f'no clip of the table is marked {found}: choose another --split')
     return df,found
 
+def _items(data, split):
+    "Videos of a CSV file or folder, the table of them, and the name of the split"
+    from tsd.data import VideoItem, folder_table, read_annotations, tidy_table
+    df,split = _tested(tidy_table(folder_table(data), data) if data.is_dir() else tidy_table(read_annotations(data), data.parent), split)
+    return list(map(VideoItem, df.path, df.label)),df,split
+
 def test(args, command):
     import matplotlib; matplotlib.use('agg')
     from tsd.analysis import calibration_error, plot_confusion, plot_reliability
-    from tsd.data import VideoItem, folder_table, read_annotations, tidy_table
     from tsd.evaluate import test_views
     if args.bs < 1 or args.workers < 1: raise ValueError(f'--bs {args.bs} and --workers {args.workers} must be at least 1')
     data,out,first = Path(os.path.expandvars(args.data)),Path(args.out),int(os.environ.get('RANK', 0)) == 0
-    df,split = _tested(tidy_table(folder_table(data), data) if data.is_dir() else tidy_table(read_annotations(data), data.parent), args.split)
+    items,df,split = _items(data, args.split)
     c = _classifier(args)
-    res = test_views(c, list(map(VideoItem, df.path, df.label)), args.clips, args.crops, bs=args.bs, workers=args.workers, strict=False, out=out,
+    res = test_views(c, items, args.clips, args.crops, bs=args.bs, workers=args.workers, strict=False, out=out,
                      groups=dict(zip(df.path.astype(str), df.group)) if df.group.nunique() < len(df) else None)
     if not first: return 0
     import matplotlib.pyplot as plt
@@ -287,6 +294,62 @@ def _draw(video, c, args):
         plot_timeline(probs, args.topk); plt.savefig(args.timeline, dpi=100); plt.close()
     if args.attention: plot_attention(video, c); plt.savefig(args.attention, dpi=100); plt.close()
 
+# %% ../nbs/50_cli.ipynb #af04426c
+def add_export(p):
+    "Options of `tsd export`"
+    a = p.add_argument
+    a('--model', required=True, help='file of save_student, or folder of save_pretrained')
+    a('--out', required=True, help='new folder: model.safetensors, config.json, README.md, and a file for each format')
+    a('--formats', default='pt2,onnx,int8', help='besides safetensors (default all: pt2,onnx,int8; "" for none); onnx and int8 need pip install "tsd[export]"')
+    a('--opset', type=int, help="of ONNX (default PyTorch's)")
+    a('--data', help='CSV file or folder of clips, for the accuracy of the student and of its int8 form')
+    a('--split', choices=('train','valid','test','all'), help='which of them (default test where some are marked so, else valid, else all)')
+    a('--test', action='append', default=[], metavar='RESULTS', help='results of tsd test, for the model card; may be given several times')
+    a('--run', help="run folder, for the model card (default the model file's folder, if it is one)")
+    a('--license', help='of the weights, for the model card, such as cc-by-nc-4.0')
+    a('--clips', type=int, default=5, help='clips a video (default 5)')
+    a('--crops', type=int, default=3, choices=(1,3), help='crops a clip (default 3)')
+
+def export(args, command):
+    from tsd.export import export_student
+    items = args.data and _items(Path(os.path.expandvars(args.data)), args.split)[0]
+    df = export_student(os.path.expandvars(args.model), args.out, [o for o in args.formats.split(',') if o], items, args.clips, args.crops, args.opset, args.run, args.test, args.license)
+    print(df.assign(MiB=df.MiB.round(2), difference=df.difference.map('{:.1e}'.format)).round(4).to_string(index=False))
+    print(f'{args.out}: all files, README.md is the model card')
+    bad = df.attrs['unreadable']
+    for path,why in bad: print(f'tsd: not tested: {path}: {why}', file=sys.stderr)
+    return int(len(bad) > 0)
+
+# %% ../nbs/50_cli.ipynb #b404eda2
+def add_cost(p):
+    "Options of `tsd cost`"
+    a = p.add_argument
+    a('models', nargs='+', metavar='NAME=FILE', help='a student first, then its teachers: files or folders that tsd test takes, and files of tsd prepare-teacher')
+    a('--test', action='append', default=[], metavar='RESULTS', help='results of tsd test; may be given several times')
+    a('--video', help='for the time of a video (default one that is generated, 10 s of 340 x 256)')
+    a('--clips', type=int, default=5, help='of the full protocol (default 5)')
+    a('--crops', type=int, default=3, choices=(1,3), help='of the full protocol (default 3)')
+    a('--bs', type=int, default=1, help='clips in a batch, for the clips a second (default 1)')
+    a('--repeats', type=int, default=3, help='of each time, the median counts (default 3)')
+    a('--device', default='cpu', choices=('cpu','cuda'), help='where (default cpu)')
+    a('--out', default='runs/cost.csv', help='CSV file to write, with a figure beside it (default runs/cost.csv)')
+
+def cost(args, command):
+    import matplotlib; matplotlib.use('agg')
+    import matplotlib.pyplot as plt
+    from tsd.cost import cost, plot_cost
+    if args.device == 'cuda' and not torch.cuda.is_available(): raise ValueError('--device cuda: torch sees no GPU here')
+    if args.clips < 1: raise ValueError(f'--clips {args.clips} must be at least 1')
+    named = [o.split('=', 1) if '=' in o else (Path(o).stem, o) for o in args.models]
+    if len(dict(named)) < len(named): raise ValueError('two models have the same name: write NAME=FILE')
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    df = cost({k: os.path.expandvars(v) for k,v in named}, args.test, args.video, tuple(dict.fromkeys([(1,1), (args.clips,args.crops)])), args.repeats, args.bs, args.device)
+    df.assign(device=args.device, threads=torch.get_num_threads(), torch=torch.__version__, command=command).round(5).to_csv(out, index=False)
+    print(df.round(3).to_string(index=False))
+    if df.top1.notna().any(): plot_cost(df); plt.savefig(out.with_suffix('.png'), dpi=100); plt.close()
+    else: print('no figure: no accuracy is known, give --test')
+
 # %% ../nbs/50_cli.ipynb #2d292716
 def _columns(p, *names):
     "Options for the names of a table's columns"
@@ -344,6 +407,8 @@ COMMANDS = {'demo': (add_demo, demo, 'the whole method once: teachers, both stag
             'cache': (add_cache, cache, 'look at or check the answers of teachers that a TeacherCache keeps'),
             'train': (add_train, train, 'a recipe or a file of your own: teachers, both stages, fine-tuning, test; or the plan of it'),
             'finetune': (add_finetune, finetune, 'the same without the stages: fine-tune and test a student, or weights of VideoMAE or MVD'),
+            'export': (add_export, export, 'a student for use elsewhere: the Hub, torch.export, ONNX and int8, compared with it, and a model card'),
+            'cost': (add_cost, cost, 'parameters, multiply-adds, memory and time of student and teachers on this machine, beside their accuracy'),
             'bench': (add_bench, bench, 'time and memory as ratios to a named baseline, to a CSV')}
 
 def parser():

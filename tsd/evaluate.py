@@ -83,11 +83,22 @@ def _of_teacher(t):
     samp = embed and Sampling(embed.num_frames, size=embed.img_size[0], short_side=None)
     return Classifier(t.model, t.vocab, samp, ClipNormalize(t.mean.tolist(), t.std.tolist()))
 
+def _of_folder(path, c):
+    "`c` with the sampling and normalisation that the folder itself names"
+    file = path/'preprocessor_config.json'
+    if not file.is_file(): return c
+    try:
+        d = json.loads(file.read_text(encoding='utf-8'))
+        if 'sampling' in d: c.sampling = Sampling(**d['sampling'])
+        if 'image_mean' in d: c.norm = ClipNormalize(d['image_mean'], d['image_std'])
+    except (ValueError, TypeError, KeyError) as e: raise ValueError(f'{file} is damaged ({e}): copy or download it again') from e
+    return c
+
 def _of_file(path):
     if not path.exists(): raise FileNotFoundError(f'model {path} does not exist: give a file of save_student, or a folder of save_pretrained')
     meta = read_checkpoint(path)[1]
     if path.is_dir() or meta['architecture'] != 'VideoViT' or 'digest' in meta:
-        with contextlib.redirect_stdout(sys.stderr): return _of_teacher(load_teacher(path))           # huggingface_hub prints that it loads
+        with contextlib.redirect_stdout(sys.stderr): return _of_folder(path, _of_teacher(load_teacher(path)))   # huggingface_hub prints that it loads
     net,about = load_student(path)
     return Classifier(net, about['vocab'], Sampling(**about['sampling']) if 'sampling' in about else None, ClipNormalize(**about.get('norm', {})))
 

@@ -117,7 +117,7 @@ class VideoViT(VisionTransformer, PyTorchModelHubMixin, library_name='tsd', pipe
         if frames: code = self.position_code(torch.zeros(len(x)) if time is None else time//self.patch_embed.tubelet_size, h, w).reshape(-1, h*w, self.embed_dim)
         else:      code = self.position_code(range(t), h, w)
         x = x + code.to(x)
-        if self.cls_token is not None: x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) # (B,1+N,D)
+        if self.cls_token is not None: x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], 1) # (B,1+N,D)
         return self.norm_pre(self.patch_drop(self.pos_drop(x)))
 
     def forward_features(self, x, time=None):

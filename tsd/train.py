@@ -28,13 +28,13 @@ from tqdm import tqdm
 import tsd
 from .imports import *
 from .cache import TeacherCache, Views, cache_bytes
-from .checkpoints import infer_config, layout, load_checkpoint, load_student, read_checkpoint, remap, save_student
+from .checkpoints import load_student, save_student
 from .data import Sampling, VideoDataLoaders
 from .distill import DistillModel, stage_loss
 from .distributed import launched
 from .evaluate import test_views
 from .experiments import versions
-from .finetune import finetune_learner
+from .finetune import finetune_learner, pretrained_student
 from .learner import RunHistory, create_student, two_stage_learner
 from .plots import plot_history
 from .resume import ExactResume
@@ -128,6 +128,7 @@ class FinetuneConfig:
     mixup:float=.8                # 0 with cutmix = 0 for neither
     cutmix:float=1.
     smoothing:float=.1
+    frozen:bool=False             # a linear probe: the head learns, the trunk stays
     precision:str='fp32'
     ema:float|None=None
     data:dict=field(default_factory=dict) # keys of [data] that differ
@@ -396,16 +397,7 @@ def make_student(
     "The student to begin with: new, or from `student.file` with a head for the classes of `dls`"
     s = cfg.student
     if s.file is None: return create_student(s.arch, dls, cfg.train.distill, **_student_options(cfg))
-    path = Path(_path(s.file, 'student.file'))
-    state,meta = read_checkpoint(path)
-    if meta['architecture'] == 'VideoViT': student = VideoViT.from_pretrained(path) if path.is_dir() else load_student(path)[0]
-    else:
-        try: kind = s.kind or layout(state)
-        except ValueError as e: raise ValueError(f'student.file = {s.file!r}: {e}') from e
-        shape = infer_config(remap(state, kind=kind), s.options.get('num_heads')) | dict(img_size=cfg.data.size, num_frames=cfg.data.frames)
-        if not shape['num_classes']: shape['num_classes'] = dls.c
-        student = VideoViT(mhca_blocks=0, class_token=False, **shape) if kind == 'mvd' else VideoMAEViT(**shape)
-        print(load_checkpoint(student, path, strict=False, kind=s.kind))
+    student = pretrained_student(_path(s.file, 'student.file'), cfg.data.frames, cfg.data.size, s.kind, s.options.get('num_heads'))
     if student.num_classes != dls.c: student.reset_classifier(dls.c)
     return student.train()
 
@@ -703,7 +695,7 @@ def finetune_student(cfg, student, dls, folder):
     "A tuned copy of `student`"
     f = cfg.finetune
     set_seed(cfg.seed); dls.train_ds.epoch = 0
-    learn = finetune_learner(dls, student, f.layer_decay, f.drop_path, f.mixup, f.cutmix, f.smoothing, wd=f.wd, betas=f.betas)
+    learn = finetune_learner(dls, student, f.layer_decay, f.drop_path, f.mixup, f.cutmix, f.smoothing, frozen=f.frozen, wd=f.wd, betas=f.betas)
     _quiet(learn, lambda: learn.fit_finetune(f.epochs, f.lr, f.warmup_epochs/f.epochs, _callbacks(cfg, f, folder, 'finetune'), folder/'history.csv'))
     return learn.student
 

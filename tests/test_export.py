@@ -1,0 +1,179 @@
+"The exported student: alone, without fastai, in each form; `tsd export` and `tsd cost`, and what they say of bad input; fine-tuning of part of a student, stopped and gone on with."
+import json
+import shlex
+import subprocess
+import sys
+from configparser import ConfigParser
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SHAPE = dict(img_size=32, num_frames=4, patch_size=8, embed_dim=48, depth=3, num_heads=3)
+VOCAB = ['cat', 'dog', 'owl']
+
+@pytest.fixture
+def tsd(tmp_path, monkeypatch, capsys, one_thread):
+    "The command line in this process and in `tmp_path`: a function of its words that gives exit status, output and errors"
+    from tsd.cli import main
+    monkeypatch.chdir(tmp_path)
+    def run(*words):
+        capsys.readouterr()
+        return main(list(map(str, words))), *capsys.readouterr()
+    return run
+
+@pytest.fixture(scope='module')
+def work(tmp_path_factory):
+    "A student's file, three videos, one that cannot be read, and the table of them"
+    from tsd.checkpoints import save_student
+    from tsd.data import Sampling
+    from tsd.student import VideoViT
+    from tsd.video import encode
+    path = tmp_path_factory.mktemp('work')
+    torch.manual_seed(0)
+    student = VideoViT(num_classes=3, **SHAPE)
+    for b in student.blocks[:2]: torch.nn.init.normal_(b.attn.delta)
+    save_student(student, path/'student.safetensors', VOCAB, sampling=asdict(Sampling(4, 2, 32, 'uniform')))
+    rng = np.random.default_rng(0)
+    for k in range(3): encode(path/f'{k}.mp4', torch.from_numpy(rng.integers(0, 255, (12, 32, 40, 3), dtype=np.uint8)), fps=8)
+    (path/'bad.mp4').write_bytes(b'no video')
+    pd.DataFrame(dict(path=['0.mp4', '1.mp4', '2.mp4', 'bad.mp4'], label=VOCAB + ['cat'])).to_csv(path/'clips.csv', index=False)
+    return path
+
+def loaders(work, **kwargs):
+    "The three videos, in training and in validation"
+    from tsd.data import VideoDataLoaders
+    rows = pd.DataFrame(dict(path=['0.mp4', '1.mp4', '2.mp4'], label=VOCAB))
+    with pytest.warns(UserWarning, match='more than one split'):
+        return VideoDataLoaders.from_df(pd.concat([rows.assign(split=s) for s in ('train', 'valid')]), work, frames=4, stride=2, size=32, bs=3, num_workers=0, **kwargs)
+
+def test_export_and_use_of_every_form(work, tsd):
+    assert tsd('test', '--model', work/'student.safetensors', '--data', work/'clips.csv', '--clips', 2, '--crops', 1, '--out', 'test.csv')[0] == 1     # bad.mp4 is named
+    run = Path('run'); run.mkdir()
+    (run/'versions.json').write_text(json.dumps(dict(command='tsd train x', commit='abc123', torch='2', data=dict(data=dict(root='r', classes=3, train=dict(clips=40, hash='f00'))))))
+    (run/'config.toml').write_text('seed = 17\n')
+    code,out,err = tsd('export', '--model', work/'student.safetensors', '--out', 'out', '--data', work/'clips.csv', '--clips', 2, '--crops', 1, '--test', 'test.csv', '--run', run, '--license', 'cc-by-nc-4.0')
+    assert code == 1 and 'bad.mp4' in err and err.count('not tested') == 1, err
+    assert {o.name for o in Path('out').iterdir()} == {'README.md', 'config.json', 'preprocessor_config.json', 'model.safetensors', 'student.pt2', 'student.onnx', 'student-int8.onnx'}
+    top1 = json.loads(Path('test.json').read_text())['top1']
+    for form in ('safetensors', 'int8'): assert any(l.split()[0] == form and float(l.split()[-1]) in (0, .3333, .6667, 1) for l in out.splitlines() if l.strip()), out
+    card = Path('out/README.md').read_text()
+    for said in ('license: cc-by-nc-4.0', 'library_name: tsd', f'value: {round(top1, 4)}', '3 of 4', 'commit abc123', 'train 40 (hash f00)', 'seed = 17', 'cat, dog, owl', 'student-int8.onnx', 'CC BY-NC 4.0', 'spread over the video'):
+        assert said in card, said
+    from huggingface_hub import ModelCard
+    assert ModelCard(card).data.eval_results[0].metric_value == round(top1, 4)
+    # every form gives the same classes through the command line, with the sampling it was trained with
+    said = [tsd('predict', work/'0.mp4', '--model', m, '--json', '--clips', 2, '--crops', 1) for m in (work/'student.safetensors', 'out', 'out/student.onnx')]
+    first = json.loads(said[0][1])['predictions']
+    for code,o,err in said:
+        assert code == 0, err
+        got = json.loads(o)['predictions']
+        assert [p['label'] for p in got] == [p['label'] for p in first] and all(abs(p['score'] - q['score']) < 1e-4 for p,q in zip(got, first))
+    assert tsd('test', '--model', 'out/student-int8.onnx', '--data', work/'clips.csv', '--clips', 2, '--crops', 1, '--out', 'int8.csv')[0] == 1
+    code,_,err = tsd('test', '--model', 'out/student.onnx', '--data', work/'clips.csv', '--clips', 2, '--crops', 1, '--out', 'int8.csv')
+    assert code == 1 and 'other weights' in err                                       # float results are not mixed with int8's
+
+def test_export_says_what_is_wrong(work, tsd):
+    from tsd.checkpoints import save_student
+    from tsd.student import VideoViT
+    save_student(VideoViT(**SHAPE, num_classes=0), 'headless.safetensors', [], sampling={})
+    Path('full').mkdir(); Path('full/a').write_text('')
+    pd.DataFrame(dict(path=[work/'0.mp4'], label=['dragon'])).to_csv('other.csv', index=False)
+    (Path('test.json')).write_text(json.dumps(dict(top1=1., test=dict(weights='0', views=[1, 1]))))
+    model = ['--model', work/'student.safetensors', '--out', 'new']
+    for words,said in ((['--model', 'absent.safetensors', '--out', 'new'], 'absent.safetensors does not exist'), (['--model', 'headless.safetensors', '--out', 'new', '--formats', ''], 'has no head'),
+                       ([*model[:3], 'full'], 'full is there already'), ([*model, '--formats', 'tflite'], 'pt2, onnx, int8'), ([*model, '--formats', '', '--data', 'other.csv'], "'dragon'"),
+                       ([*model, '--test', 'test.csv'], 'other weights'), ([*model, '--test', 'none.csv'], 'none.json does not exist'), ([*model, '--formats', 'onnx', '--opset', 11], 'opset 11 lacks'),
+                       ([*model, '--formats', '', '--run', 'full'], 'versions.json does not exist')):
+        code,_,err = tsd('export', *words)
+        assert code == 1 and said in err and err.strip().splitlines()[-1].startswith('tsd: '), (words, err)
+    assert not Path('new').exists() and not list(Path('.').glob('.new*'))
+
+def test_student_alone_leaves_a_distilled_learner(tmp_path, work, one_thread):
+    import timm
+    from tsd.export import export_student
+    from tsd.learner import two_stage_learner
+    from tsd.student import VideoViT
+    from tsd.teachers import Teacher
+    dls = loaders(work)
+    learn = two_stage_learner(dls, VideoViT(num_classes=3, **SHAPE), cnn=Teacher(timm.create_model('test_resnet', num_classes=3)), distill='fad')
+    learn.model.head = learn.stages[0].head(learn.student, (32, 32))                  # the aligner, as in stage 1
+    assert len(learn.model.state_dict()) > len(learn.student.state_dict())
+    export_student(learn, tmp_path/'out', [])
+    from safetensors.torch import load_file
+    assert load_file(tmp_path/'out'/'model.safetensors').keys() == learn.student.state_dict().keys()
+
+WITHOUT_FASTAI = """
+import sys
+sys.modules['fastai'] = None                                             # its import fails
+import torch
+x = torch.randn(3, 3, 4, 32, 32)
+pt2 = torch.export.load('out/student.pt2').module()(x)
+assert not [m for m in sys.modules if m.split('.')[0] == 'tsd']           # the graph needs nothing of ours
+from tsd.checkpoints import load_student
+from tsd.student import VideoViT
+net,about = load_student(sys.argv[1])
+hub = VideoViT.from_pretrained('out')
+with torch.no_grad(): a,b = net(x),hub.eval()(x)
+assert torch.equal(a, b) and (a - pt2).abs().max() < 1e-5 and about['vocab'] == hub.vocab == ['cat', 'dog', 'owl']
+assert sys.modules['fastai'] is None and not [m for m in sys.modules if m.startswith('fastai.')]
+"""
+
+def test_students_load_without_fastai(tmp_path, work, one_thread):
+    from tsd.export import export_student
+    export_student(work/'student.safetensors', tmp_path/'out', ['pt2'])
+    done = subprocess.run([sys.executable, '-c', WITHOUT_FASTAI, str(work/'student.safetensors')], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+def test_cost_of_student_and_teacher(work, tsd):
+    import timm
+    from tsd.teachers import Teacher, create_cnn, save_teacher
+    cnn = Teacher(create_cnn('test_resnet', 3, False), vocab=VOCAB); cnn.top1 = .5
+    save_teacher(cnn, 'cnn.safetensors')
+    tsd('test', '--model', work/'student.safetensors', '--data', work/'clips.csv', '--clips', 1, '--crops', 1, '--out', 'test.csv')
+    words = ['cost', f'student={work/"student.safetensors"}', 'cnn.safetensors', '--video', work/'0.mp4', '--clips', 2, '--crops', 1, '--repeats', 1]
+    code,out,err = tsd(*words, '--test', 'test.csv', '--out', 'cost.csv')
+    assert code == 0, err
+    df = pd.read_csv('cost.csv').set_index('model')
+    assert list(df.index) == ['student', 'cnn'] and df.top1['cnn'] == .5 and df.tested['student'] == '3 videos, 1 x 1'
+    assert abs(df.millions['cnn'] - sum(p.numel() for p in cnn.parameters())/1e6) < 1e-5 and (df[['gmacs', 'peak_mib', 'clips_per_s', 'ms_1x1', 'ms_2x1']] > 0).all(axis=None)
+    assert Path('cost.png').read_bytes()[:4] == b'\x89PNG'
+    for more,said in ((['--device', 'cuda'], 'no GPU') if not torch.cuda.is_available() else (['--repeats', 0], 'repeats = 0'), (['--test', 'absent.csv'], 'absent.json does not exist'), (['--clips', 0], '--clips 0')):
+        code,_,err = tsd(*words, *more)
+        assert code == 1 and said in err, err
+    assert tsd('cost', 'cnn.safetensors')[0] == 1 and tsd('cost', 'a=x', 'a=y')[0] == 1
+
+def test_linear_probe_goes_on_where_it_was_stopped(tmp_path, work, one_thread):
+    "With the trunk frozen the optimizer knows the head alone, and a checkpoint of it is enough"
+    from fastai.callback.core import Callback, CancelFitException
+    from fastai.torch_core import set_seed
+    from tsd.checkpoints import load_student
+    from tsd.finetune import finetune_learner
+    from tsd.resume import ExactResume
+    class Stop(Callback):
+        order = ExactResume.order + 1
+        def after_epoch(self):
+            if self.epoch == 1: raise CancelFitException
+    def fit(folder, *cbs):
+        dls = loaders(work, cache=True, augment='finetune')
+        set_seed(0)
+        learn = finetune_learner(dls, load_student(work/'student.safetensors')[0], frozen=True)
+        with learn.no_bar(), learn.no_logging(): learn.fit_finetune(4, 1e-2, cbs=[ExactResume(tmp_path/folder, minutes=1e-9), *cbs])
+        return learn.student.state_dict()
+    whole,start = fit('whole'),load_student(work/'student.safetensors')[0].state_dict()
+    fit('cut', Stop()); cut = fit('cut')
+    assert [k for k in whole if not torch.equal(whole[k], start[k])] == ['head.weight', 'head.bias']
+    for k in whole: assert torch.equal(whole[k], cut[k]), k
+
+def test_the_extra_is_named_everywhere():
+    "settings.ini, setup.py and the lock agree on `tsd[export]`"
+    cfg = ConfigParser(delimiters=['=']); cfg.read(ROOT/'settings.ini')
+    names = {o.split('>')[0] for o in shlex.split(cfg['DEFAULT']['export_requirements'])}
+    assert names == {'onnx', 'onnxruntime', 'onnxscript'}
+    locked = {o.split('==')[0] for o in (ROOT/'requirements.lock').read_text().splitlines()}
+    assert names <= locked
+    assert "'export': shlex.split(cfg['export_requirements'])" in (ROOT/'setup.py').read_text()
