@@ -293,7 +293,6 @@ def plot_data(
     return fig
 
 # %% ../nbs/41_bench.ipynb #b1399de4
-import tempfile
 from unittest.mock import patch
 
 from .cache import LogitStore, clip_keys, pack, teacher_identity
