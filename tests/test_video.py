@@ -10,6 +10,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from tsd import video
+from fastai.data.transforms import CategoryMap
+from tsd.data import Sampling, VideoDataset, VideoItem
 from tsd.video import VideoError, check, decode, encode, probe
 
 BACKENDS = ['pyav'] + (['decord'] if video.decord else [])
@@ -508,6 +510,16 @@ def test_time_limit_in_a_worker_process(bad_decoder):
     got = list(DataLoader(Guarded(ok, die, ok, hang, ok), batch_size=None, num_workers=1, timeout=120, multiprocessing_context='fork'))
     assert [number(v) if v.any() else 'error' for v in got] == [[1], 'error', [1], 'error', [1]]
     assert mine.poll() is None and number(decode(ok, [5], timeout=60)) == [5]
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize('name, said', [('hang', 'hang.mp4: not done after 5 s'), ('die', r'die.mp4: kills its decoder \(exit code -11\)')])
+def test_time_limit_of_a_data_set(bad_decoder, name, said):
+    "A loader says which video it was, and goes on to others"
+    from tsd.data import VideoDataset, VideoItem
+    ds = VideoDataset([VideoItem(bad_decoder/f'{o}.mp4', 'a') for o in ('ok', name)], CategoryMap(['a', 'b']), Sampling(2, 1, 32), backend='decord', timeout=5)
+    with pytest.raises(VideoError, match=said): ds[1]
+    ds.backend = 'pyav'
+    assert ds[0][0].shape == (3,2,32,32) and ds.new_empty().timeout == 5
 
 @pytest.mark.timeout(180)
 def test_a_child_leaves_with_its_parent(clip):

@@ -221,8 +221,9 @@ class VideoDataset:
         tfm=None, # (video (T,C,H,W), label) → the same, chance from torch's generator; None: middle frames, middle crop, no chance
         seed:int=0, # of all chance
         backend:str='auto', # of `decode`
+        timeout:float=None, # likewise: seconds a decoder may take, in a process of its own, before it is stopped with a VideoError
     ):
-        self.items,self.vocab,self.sampling,self.tfm,self.seed,self.backend = list(items),vocab,sampling,tfm,seed,backend
+        self.items,self.vocab,self.sampling,self.tfm,self.seed,self.backend,self.timeout = list(items),vocab,sampling,tfm,seed,backend,timeout
         self.cache,self.epoch = {},0
 
     @property
@@ -246,14 +247,14 @@ class VideoDataset:
         return CrossEntropyLossFlat()
     def new_empty(self):
         "The same without videos: what an exported learner keeps"
-        return type(self)([], self.vocab, self.sampling, self.tfm, self.seed, self.backend)
+        return type(self)([], self.vocab, self.sampling, self.tfm, self.seed, self.backend, self.timeout)
 
 # %% ../nbs/13_data.ipynb #015d5402
 @patch
 def n_frames(self:VideoDataset, i:int)->int:
     "How many frames video `i` has"
     kept = self.cache.get(path := self.items[i].path)
-    return probe(path).frames if kept is None else len(kept)
+    return probe(path, self.timeout).frames if kept is None else len(kept)
 
 @patch
 def read(self:VideoDataset,
@@ -263,7 +264,7 @@ def read(self:VideoDataset,
     "Frames of video `i`, from the cache or from its file"
     kept = self.cache.get(path := self.items[i].path)
     if kept is not None: return kept.index_select(0, torch.as_tensor(indices))   # a memory copy; indexing goes byte by byte
-    return decode(path, indices, self.backend, self.sampling.short_side)
+    return decode(path, indices, self.backend, self.sampling.short_side, self.timeout)
 
 # %% ../nbs/13_data.ipynb #e4e2774b
 @patch
@@ -424,6 +425,7 @@ def from_df(cls:VideoDataLoaders,
     cache_gb:float=8., # memory or disk space the cache may use, GB
     num_workers:int=None, # processes; None: none with a cache in memory, else a process for each core, 16 at most
     backend:str='auto', # of `decode`
+    decode_timeout:float=None, # seconds a decoder may take before it is stopped with a VideoError, in a process of its own that may die; None: no limit
     device=None, # None: fastai's default
     path_col:str='path', # column of the video's path
     label_col:str='label', # column of the class name
@@ -441,7 +443,7 @@ def from_df(cls:VideoDataLoaders,
     sampling = Sampling(frames, stride, size, mode, short_side)
     tfm = _training_tfm(augment, size, flip, flip_labels, names, **kwargs)
     if repeats > 1 and tfm is None: raise ValueError(f'repeats is {repeats}, and augment None: the views of a video would all be the same')
-    dsets = [VideoDataset(map(VideoItem, o.path, o.label, o.group), names, sampling, tfm if part=='train' else None, seed, backend) for part,o in parts.items()]
+    dsets = [VideoDataset(map(VideoItem, o.path, o.label, o.group), names, sampling, tfm if part=='train' else None, seed, backend, decode_timeout) for part,o in parts.items()]
     if num_workers is None: num_workers = 0 if cache is True else min(16, defaults.cpus)
     dls = cls.from_dsets(*dsets, path=path, bs=bs, device=device or default_device(), dl_type=VideoDL, num_workers=num_workers, repeats=(repeats,*[1]*(len(dsets)-1)), after_batch=ClipNormalize(mean, std))
     dls.missing = {k:len(every[k])-len(o) for k,o in parts.items()}
