@@ -41,7 +41,11 @@ def csv(tmp_path_factory):
     return make_tinyclips(tmp_path_factory.mktemp('clips'), n_train=20, n_test=10, seed=0)
 
 @pytest.fixture(scope='module')
-def plain(csv): return train(csv)
+def plain(csv):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)                        # as in the tests: other threads, other last bits
+    yield train(csv)
+    torch.set_num_threads(threads)
 
 def fit(csv, path, *cbs, **kw):
     "Hash of the weights, and the callback's log summed over the epochs"
