@@ -1,5 +1,5 @@
 "Runs that are killed end bit for bit where the run ends that was never stopped; what is refused, and what is said"
-import json, os, subprocess, sys
+import json, os, signal, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -102,7 +102,9 @@ def test_bars_go_on_too(tmp_path, capsys):
         def before_epoch(self):
             if self.epoch == 2: raise KeyboardInterrupt
     def fit(*cbs): w.finetune_learner(w.loaders(), student, mixup=0, cutmix=0).fit_finetune(3, cbs=[w.ExactResume(tmp_path, steps=2), *cbs])
+    before = signal.getsignal(signal.SIGTERM)
     student = w.two_stage_learner(w.loaders(), 'tsd_vit_tiny_patch16_224', distill=None, depth=1, **w.TINY).student
     with pytest.raises(KeyboardInterrupt): fit(Stop())
+    assert signal.getsignal(signal.SIGTERM) is before                                         # nothing of a run that was broken off stays behind
     fit()
     assert 'going on from checkpoint' in capsys.readouterr().out

@@ -176,6 +176,17 @@ class ExactResume(Callback):
         if minutes <= 0 or (steps is not None and steps < 1): raise ValueError(f'minutes = {minutes}, steps = {steps}: both must be above 0')
         self.folder,self.resume,self.minutes,self.steps,self.keep = Path(folder),resume,minutes,steps,keep
 
+    _learn,old_handler = None,None
+    @property
+    def learn(self): return self._learn
+    @learn.setter
+    def learn(self, o):
+        "fastai sets it to None when the fit is over, in whichever way: then nothing of ours stays behind"
+        if o is None and self._learn is not None:
+            if self.old_handler is not None: signal.signal(signal.SIGTERM, self.old_handler); self.old_handler = None
+            for dl in self.dls.loaders: vars(dl).pop('wif', None)
+        self._learn = o
+
     def after_create(self): raise ValueError('ExactResume belongs to one fit, not to a Learner: pass it as fit(…, cbs=ExactResume(folder))')
 
     def before_fit(self):
@@ -188,13 +199,9 @@ class ExactResume(Callback):
         self.trained,self.about = self.model,run_config(self.learn)     # the model itself: average weights stand in for it during validation
         self.found,self.offset,self.asleep,self.told = from_main(self.find),0,[],False
         self.written,self.step,self.clock = None,0,time.monotonic()
-        self.old_handler = None
+        self.pid = os.getpid()
         if threading.current_thread() is threading.main_thread(): self.old_handler = signal.signal(signal.SIGTERM, self.tell)
         for dl in self.dls.loaders: dl.wif = _ignore_sigterm
-
-    def after_fit(self):
-        if self.old_handler is not None: signal.signal(signal.SIGTERM, self.old_handler)
-        for dl in self.dls.loaders: vars(dl).pop('wif', None)
 
 # %% ../nbs/23_resume.ipynb #8673f30f
 @patch
@@ -295,8 +302,8 @@ def restore(self:ExactResume):
 @patch
 def tell(self:ExactResume, *_):
     "What SIGTERM calls"
-    if self.learn is not None: self.told = True
-    else: signal.signal(signal.SIGTERM, self.old_handler or signal.SIG_DFL); os.kill(os.getpid(), signal.SIGTERM)   # the fit is over, by an error
+    if os.getpid() == self.pid: self.told = True
+    else: signal.signal(signal.SIGTERM, signal.SIG_DFL); os.kill(os.getpid(), signal.SIGTERM)   # of a process that was forked during the fit
 
 @patch
 def leave(self:ExactResume):
