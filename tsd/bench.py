@@ -246,7 +246,7 @@ def _testing(path, sampling, repeats):
                     'once for all views': lambda: all_views(path, sampling, clips, crops)}, f'test, {clips*crops} view{"s"*(clips > 1)}', clips*crops, repeats) for clips,crops in ((1,1), (5,3))]
 
 # %% ../nbs/41_bench.ipynb #c84516ed
-def _loading(paths, sampling, repeats, folder, clips=8):
+def _loading(paths, sampling, repeats, folder, clips=64):
     "Rows for worker processes, and for frames that are kept: in memory and on disk"
     ds = VideoDataset([VideoItem(paths[i%len(paths)], 'a') for i in range(clips)], CategoryMap(['a','b']), sampling, train_transforms(sampling.size))
     def epoch(dl): return lambda: [None for _ in dl]
