@@ -21,3 +21,13 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+@pytest.fixture
+def tsd(tmp_path, monkeypatch, capsys):
+    "The command line in this process and in `tmp_path`: a function of its words that gives exit status, output and errors"
+    from tsd.cli import main
+    monkeypatch.chdir(tmp_path)
+    def run(*words):
+        capsys.readouterr()
+        return main(map(str, words)), *capsys.readouterr()
+    return run

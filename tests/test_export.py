@@ -12,19 +12,10 @@ import pandas as pd
 import pytest
 import torch
 
+pytestmark = pytest.mark.usefixtures('one_thread')
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE = dict(img_size=32, num_frames=4, patch_size=8, embed_dim=48, depth=3, num_heads=3)
 VOCAB = ['cat', 'dog', 'owl']
-
-@pytest.fixture
-def tsd(tmp_path, monkeypatch, capsys, one_thread):
-    "The command line in this process and in `tmp_path`: a function of its words that gives exit status, output and errors"
-    from tsd.cli import main
-    monkeypatch.chdir(tmp_path)
-    def run(*words):
-        capsys.readouterr()
-        return main(list(map(str, words))), *capsys.readouterr()
-    return run
 
 @pytest.fixture(scope='module')
 def work(tmp_path_factory):

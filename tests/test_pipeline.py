@@ -20,16 +20,6 @@ INTERFACE = dict(
 TINY = ('--frames 4 --embed-dim 48 --num-heads 3 --cnn-epochs 1 --vit-epochs 1 --stage1-epochs 1 --stage2-epochs 1 --finetune-epochs 1 --bs 10 --clips 2').split()
 SMALL = '--teacher-clips 40 --student-clips 20 --test-clips 20'.split()
 
-@pytest.fixture
-def tsd(tmp_path, monkeypatch, capsys):
-    "The command line in this process and in `tmp_path`: a function of its words that gives exit status, output and errors"
-    from tsd.cli import main
-    monkeypatch.chdir(tmp_path)
-    def run(*words):
-        capsys.readouterr()
-        return main(map(str, words)), *capsys.readouterr()
-    return run
-
 @pytest.mark.parametrize('module', INTERFACE)
 def test_interface_names(module):
     mod = importlib.import_module(f'tsd.{module}')

@@ -11,18 +11,9 @@ import pandas as pd
 import pytest
 import torch
 
+pytestmark = pytest.mark.usefixtures('one_thread')
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = 'data.options.n_train=20 data.options.n_test=10 cnn.epochs=1 vit.epochs=1 train.stage2_epochs=1 data.options.workers=1'.split()
-
-@pytest.fixture
-def tsd(tmp_path, monkeypatch, capsys, one_thread):
-    "The command line in this process and in `tmp_path`: a function of its words that gives exit status, output and errors"
-    from tsd.cli import main
-    monkeypatch.chdir(tmp_path)
-    def run(*words):
-        capsys.readouterr()
-        return main(list(map(str, words))), *capsys.readouterr()
-    return run
 
 def overrides(model, setting):
     "A row of tables 3-6 as changes to the recipe of its model"
