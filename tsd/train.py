@@ -730,8 +730,9 @@ def run_recipe(
     stages = t.stage1_epochs + t.stage2_epochs
     def data(): return clips('data', cfg.data, t.bs)
     def fine(): return clips('finetune.data', cfg.finetune_data, f.bs) if f.epochs or not stages else data()
-    student = None if f.epochs and _saved(folder, 'student') is not None else _saved(folder, 'distilled')
-    if _saved(folder, 'student') is None:
+    student = _saved(folder, 'student')
+    if student is None:
+        student = _saved(folder, 'distilled')
         if student is None and stages:
             student = distill_student(cfg, data(), folder)
             say(f'distilled student in {_save(student, folder, "distilled", data())}')
@@ -739,7 +740,7 @@ def run_recipe(
         if student is None: student = make_student(cfg, fine())
         if f.epochs: student = finetune_student(cfg, student, fine(), folder)
         say(f'student in {_save(student, folder, "student", fine())}')
-    student = _saved(folder, 'student')
+        student = _saved(folder, 'student')
     run_figures(folder)
     if test.clips and not (folder/'results.csv').is_file():
         d = fine()
