@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from .imports import *
 from .sampling import span, uniform_indices
-from .video import VideoError, _opened, _rgb, check, probe
+from .video import VideoError, _opened, _rgb, _strict, check, probe
 
 try: import fcntl
 except ImportError: fcntl = None # not on Windows: there nothing keeps two processes from writing to one ledger
@@ -295,12 +295,7 @@ def even_size(
 def _strict_frames(path):
     "Every frame of a video, upright (H,W,3); a VideoError at the first fault"
     with _opened(path) as (box, stream):
-        stream.codec_context.options = stream.codec_context.options | dict(err_detect='explode')
-        for p in box.demux(stream):
-            if p.is_corrupt: raise VideoError(path, 'a packet is cut short: fetch it again')
-            for frame in p.decode():
-                if frame.is_corrupt: raise VideoError(path, 'a frame is damaged: fetch it again')
-                yield torch.from_numpy(np.ascontiguousarray(_rgb(frame)))
+        for frame in _strict(box, stream, path): yield torch.from_numpy(np.ascontiguousarray(_rgb(frame)))
 
 def _resized(frame, size):
     "A frame (H,W,3) at another size"

@@ -353,6 +353,16 @@ class Check:
     reason:str # why not ok; else empty
 
 # %% ../nbs/10_video.ipynb #e0f91540
+def _strict(box, stream, path):
+    "The pictures of an open video, up to the first fault, which is a VideoError"
+    n,stream.codec_context.options = 0,stream.codec_context.options | dict(err_detect='explode')
+    for p in box.demux(stream):
+        if p.is_corrupt: raise VideoError(path, 'a packet is cut short: fetch it again')
+        for frame in p.decode():
+            if frame.is_corrupt: raise VideoError(path, f'frame {n} is damaged: fetch it again')
+            yield frame
+            n += 1
+
 def check(
     path, # a video file, or something that claims to be one
     timeout:float=None, # as for `decode`
@@ -362,12 +372,8 @@ def check(
     try:
         if timeout is not None: return _child(timeout, path, 'tsd.video:check', path)
         with _opened(path) as (box, stream):
-            head, stream.codec_context.options = stream.frames, stream.codec_context.options | dict(err_detect='explode')
-            for p in box.demux(stream):
-                if p.is_corrupt: raise VideoError(path, 'a packet is cut short: fetch it again')
-                for frame in p.decode():
-                    if frame.is_corrupt: raise VideoError(path, f'frame {n} is damaged: fetch it again')
-                    n += 1
+            head = stream.frames
+            for _ in _strict(box, stream, path): n += 1
         if not n: raise VideoError(path, 'no frame of it can be decoded: fetch it again')
     except VideoError as e: return Check(str(path), False, n, head, e.why)
     return Check(str(path), True, n, head, '')
