@@ -8,6 +8,8 @@ here = Path(__file__).parent
 parser = ConfigParser(delimiters=['='])
 parser.read(here/'settings.ini', encoding='utf-8')
 cfg = parser['DEFAULT']
+extras = {o: shlex.split(cfg[f'{o}_requirements']) for o in ('export', 'serve', 'shards')}
+extras['dev'] = sum(extras.values(), shlex.split(cfg['dev_requirements']))
 
 setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'],
@@ -16,7 +18,7 @@ setup(
     packages=find_packages(include=['tsd', 'tsd.*']), include_package_data=True, zip_safe=False,
     python_requires=f">={cfg['min_python']}",
     install_requires=shlex.split(cfg['requirements']),
-    extras_require={'dev': shlex.split(cfg['dev_requirements']) + shlex.split(cfg['export_requirements']), 'export': shlex.split(cfg['export_requirements'])},
+    extras_require=extras,
     entry_points={'console_scripts': cfg['console_scripts'].split()},
     classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Science/Research', 'Programming Language :: Python :: 3',
                  'License :: OSI Approved :: Apache Software License', 'Operating System :: OS Independent'],
