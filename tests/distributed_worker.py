@@ -60,11 +60,11 @@ class Bad(Callback):
     def after_loss(self):
         if self.training and self.train_iter == self.at and rank_world()[0] == self.rank_: self.learn.loss_grad = self.learn.loss_grad*float('nan'); self.learn.loss = self.learn.loss_grad.clone()
 
-def train(folder, kind='two_stage', cbs=lambda: [], epochs=(2,2), states=None, history=True, **kw):
+def train(folder, kind='two_stage', cbs=lambda: [], epochs=(2,2), states=None, history=True, fsdp=False, elastic=False, **kw):
     "One process's share of a run, and what came of it"
     Clips.seen = []
     learn = learner(kind, **kw)
-    cbs = [Draws(), *([Distributed('cpu')] if 'RANK' in os.environ else []), *([ExactResume(folder/states, steps=1)] if states else []), *cbs()]
+    cbs = [Draws(), *([Distributed('cpu', fsdp=fsdp)] if 'RANK' in os.environ else []), *([ExactResume(folder/states, steps=1, elastic=elastic)] if states else []), *cbs()]
     path = folder/'history.csv' if history else None
     with learn.no_bar() if states else contextlib.nullcontext():
         if kind == 'two_stage': learn.fit_two_stage(*epochs, lr=1e-3, cbs=cbs, history=path)

@@ -4,17 +4,24 @@
 
 # %% auto #0
 __all__ = ['launched', 'start_processes', 'rank_world', 'from_all', 'from_main', 'any_of', 'average_grads', 'share_weights',
-           'Distributed']
+           'Distributed', 'whole', 'like', 'plain', 'load_whole', 'open_shards', 'close_shards', 'Shards']
 
 # %% ../nbs/28_distributed.ipynb #6d78e845
 import torch.distributed as dist
+from copy import deepcopy
 from datetime import timedelta
 from accelerate import PartialState
 from fastai.callback.core import Callback, CancelBatchException
+from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.progress import CSVLogger, ProgressCallback
+from fastai.callback.schedule import LRFinder
+from fastai.callback.tracker import SaveModelCallback
 from fastai.learner import AvgLoss, AvgMetric
 from fastai.metrics import AccumMetric
 from fastcore.all import noop, patch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 # %% ../nbs/28_distributed.ipynb #d77e38e7
 from .imports import *
@@ -98,10 +105,12 @@ class Distributed(Callback):
     order = -200                                               # before all others
     def __init__(self,
         device=None, # 'cuda', 'cpu'; None: a GPU of its own for each process where there is one
-        minutes=10.):# how long a process waits for the others before it fails
+        minutes=10., # how long a process waits for the others before it fails
+        fsdp=False): # fully sharded: of the student's weights, gradients and moments each process keeps only its part
         state = start_processes(device, minutes)
         self.device = torch.device('cpu') if state.device.type == 'cpu' else state.device   # without accelerate's index
         self.rank,self.world = state.process_index,state.num_processes
+        self.fsdp,self.shards = fsdp and self.world > 1,{}
 
     def before_fit(self):
         self.check()
@@ -111,6 +120,7 @@ class Distributed(Callback):
         if self.world == 1: return
         share_weights(self.model)
         self.synced = self.trained()
+        if self.fsdp: self.shard_student()
         if self.rank:
             torch.manual_seed(torch.randint(2**62, ()).item() + self.rank)
             self.learn.logger = noop
@@ -123,14 +133,17 @@ class Distributed(Callback):
             if not hasattr(dl, 'share'): raise ValueError(f'Distributed shares out a VideoDL, not a {type(dl).__name__}: make the loaders with VideoDataLoaders')
         for m in self.learn.metrics:
             if not isinstance(m, (AvgMetric, AccumMetric)): raise ValueError(f'the metric {m.name} ({type(m).__name__}) cannot be added up over processes: use AvgMetric or AccumMetric')
+        if self.fsdp: self.check_fsdp()
 
     def trained(self): return [id(p) for p in self.model.parameters()]
     def before_batch(self):
-        if self.world > 1 and self.training and self.synced != self.trained(): share_weights(self.model); self.synced = self.trained()   # a new head
+        if self.world > 1 and not self.fsdp and self.training and self.synced != self.trained(): share_weights(self.model); self.synced = self.trained()   # a new head
     def after_backward(self):
-        if self.world > 1: average_grads(self.model.parameters())
+        if self.world > 1 and not self.fsdp: average_grads(self.model.parameters())
 
-    def after_fit(self): self.dls.loaders,self.learn.logger = self.whole,self.tell
+    def after_fit(self):
+        self.dls.loaders,self.learn.logger = self.whole,self.tell
+        if self.fsdp: self.unshard()
 
 # %% ../nbs/28_distributed.ipynb #b950ec8c
 @patch
@@ -169,5 +182,142 @@ def after_train(self:Distributed):
 
 @patch
 def after_validate(self:Distributed):
+    if self.fsdp: close_shards(self.opened)
     if self.world > 1 and self.dl.share[1] > 1:                # `learn.validate` outside a fit reads everything
         for m in self.learn.recorder._valid_mets: _add_up(m)
+
+# %% ../nbs/28_distributed.ipynb #fa5d0002
+def whole(
+    o, # a tensor, or dicts and lists of them
+):
+    "`o` with each tensor that is in shards gathered, by all processes together: on the CPU of process 0, None in the others"
+    if isinstance(o, DTensor):
+        t = o.full_tensor()
+        return None if rank_world()[0] else t.cpu()
+    if isinstance(o, dict): return {k: whole(v) for k,v in o.items()}
+    return type(o)(map(whole, o)) if isinstance(o, (list, tuple)) else o
+
+def like(
+    t, # tensor that every process has whole
+    p, # parameter of the same shape
+):
+    "`t` where `p` is, in shards if `p` is: then the part of this process is cut out, and nothing sent"
+    t = t.to(p.device)
+    return distribute_tensor(t, p.device_mesh, p.placements, src_data_rank=None) if isinstance(p, DTensor) else t
+
+def plain(
+    net, # a network
+):
+    "The network that `net` stands for in shards, or itself"
+    return net.shards.whole if 'shards' in vars(net) else net
+
+def load_whole(
+    net,   # a network, whole or in shards
+    state, # a whole state dict of it
+):
+    "What `net.load_state_dict(state)` does for a whole network"
+    own = net.state_dict()
+    net.load_state_dict({k: like(v, own.get(k, v)) for k,v in state.items()})
+
+
+# %% ../nbs/28_distributed.ipynb #fa5d0003
+def open_shards(net):
+    "Gather the weights of `net` until `close_shards`: forward passes without any exchange"
+    for m in net.modules():
+        if isinstance(m, FSDPModule): m.unshard(); m.set_reshard_after_forward(False, recurse=False)
+
+def close_shards(net):
+    for m in net.modules():
+        if isinstance(m, FSDPModule): m.reshard(); m.set_reshard_after_forward(m is not net, recurse=False)
+
+class Shards:
+    "`net` takes the place of the network `whole`, whose weights give up their memory until `fill`"
+    def __init__(self,
+        whole,     # a network, with equal weights in all processes
+        mesh,      # of all processes
+        dtype=None,# in which weights are gathered; default their own
+    ):
+        self.whole,self.mesh,self.dtype,self.net = whole,mesh,dtype,deepcopy(whole)
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype and torch.float32)
+        if isinstance(blocks := getattr(self.net, 'blocks', None), nn.Module):
+            for m in blocks: fully_shard(m, mesh=mesh, mp_policy=policy)
+        fully_shard(self.net, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        if hasattr(self.net, 'forward_intermediates'): register_fsdp_forward_method(self.net, 'forward_intermediates')   # after which `forward_head` finds its weights
+        self.net.shards,self.net.__deepcopy__ = self,self.copy
+        self.pairs = list(zip(whole.parameters(), self.net.parameters()))
+        self.empty()
+
+    def empty(self):
+        for p,_ in self.pairs: p.data,p.grad = p.new_empty(()).expand(p.shape),None     # of the same shape, without memory
+
+    def fill(self):
+        "`whole` with all weights, gathered by all processes together"
+        close_shards(self.net)
+        for p,s in self.pairs: p.data = s.detach().full_tensor().contiguous()
+        for a,b in zip(self.whole.buffers(), self.net.buffers()): a.copy_(b)
+        return self.whole.train(self.net.training)
+
+    def copy(self, memo):
+        "What deepcopy makes of `net`, which FSDP2 refuses and an average of the weights needs"
+        res = Shards(deepcopy(self.fill()), self.mesh, self.dtype)
+        self.empty()
+        return res.net
+
+
+# %% ../nbs/28_distributed.ipynb #fa5d0004
+def _exchange(opt, pairs, f):
+    "Let `opt` step the second of each pair for the first; `f(v, second)` of each tensor of its state"
+    other = {id(a): b for a,b in pairs}
+    for g in opt.param_groups: g['params'] = [other.get(id(p), p) for p in g['params']]
+    for a,b in pairs:
+        if a in opt.state: opt.state[b] = {k: f(v, b) if isinstance(v, Tensor) and v.shape == a.shape else v for k,v in opt.state.pop(a).items()}
+
+@patch
+def shard(self:Distributed, o, name):
+    "Shards for the network `o.name`, in its place and in the optimizer's"
+    s = self.shards[o,name] = Shards(getattr(o, name), self.mesh, self.dtype)
+    setattr(o, name, s.net)
+    _exchange(self.opt.opt, s.pairs, like)
+    for g in self.opt.opt.param_groups: g['foreach'] = True                              # torch's default for weights on a GPU, not for shards
+
+@patch
+def shard_student(self:Distributed):
+    self.mesh = init_device_mesh(self.device.type, (self.world,))
+    self.dtype = torch.bfloat16 if 'precision' in vars(self.learn) else None
+    self.shard(*(self.model, 'student') if hasattr(self.model, 'student') else (self.learn, 'model'))
+
+@patch
+def before_train(self:Distributed):
+    head = getattr(self.model, 'head', None) if self.fsdp and 'student' in dict(self.model.named_children()) else None
+    if head is not None and not isinstance(head, FSDPModule): share_weights(head); self.shard(self.model, 'head')
+
+@patch
+def before_validate(self:Distributed):
+    if not self.fsdp: return
+    ema = vars(self.learn).get('ema')
+    self.opened = ema.ema.module if ema else getattr(self.model, 'student', self.model)
+    open_shards(self.opened)
+
+@patch
+def unshard(self:Distributed):
+    "Everything as it is without shards, in every process"
+    for (o,name),s in self.shards.items():
+        if getattr(o, name) is not s.net: continue                                       # the head of a stage that is over
+        setattr(o, name, s.fill())
+        _exchange(self.opt.opt, [(b,a) for a,b in s.pairs], lambda v,_: v.full_tensor())
+    for g in self.opt.opt.param_groups: g['foreach'] = None
+    self.shards = {}
+    if ema := vars(self.learn).get('ema'): ema.ema.module,ema.train_model = ema.ema.module.shards.fill(),self.model
+
+@patch
+def check_fsdp(self:Distributed):
+    "A ValueError where something does not go with shards"
+    opt = getattr(self.opt, 'opt', None)
+    if not isinstance(opt, (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)):
+        raise ValueError(f'fsdp=True shards the state of Adam, AdamW and SGD of torch, in an OptimWrapper, not of {type(opt or self.opt).__name__}')
+    for cb in self.cbs:
+        if isinstance(cb, MixedPrecision) and getattr(cb, 'dtype', None) != 'bf16': raise ValueError(f"{type(cb).__name__} scales the loss for float16, which fsdp=True does not know: use Precision('bf16'), or float32")
+        if isinstance(cb, (SaveModelCallback, LRFinder)): raise ValueError(f'{type(cb).__name__} writes and reads the weights during the fit, which with fsdp=True are in shards: '
+            + ('find the rate without fsdp' if isinstance(cb, LRFinder) else 'use ExactResume for checkpoints, and save the student after the fit'))
+    if any(isinstance(m, FSDPModule) for m in self.model.modules()): raise ValueError('the student is in shards still, after a fit that ended with an error: make the Learner anew')
+

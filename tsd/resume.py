@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['list_states', 'write_state', 'read_state', 'random_states', 'set_random_states', 'run_config', 'config_differences',
-           'callback_states', 'set_callback_states', 'ExactResume']
+           'callback_states', 'set_callback_states', 'ExactResume', 'parts']
 
 # %% ../nbs/23_resume.ipynb #959c875b
 import errno, hashlib, io, json, re, signal, threading, time
 from dataclasses import asdict, fields
-from fastai.callback.core import Callback, CancelEpochException
+from fastai.callback.core import Callback, CancelEpochException, CancelValidException
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.tracker import TrackerCallback
 from fastai.optimizer import Optimizer
@@ -18,7 +18,7 @@ from fastcore.all import L, patch
 
 from .imports import *
 from .data import VideoDL
-from .distributed import any_of, from_all, from_main, rank_world
+from .distributed import any_of, from_all, from_main, like, load_whole, plain, rank_world, whole
 from .teachers import _digest
 
 # %% ../nbs/23_resume.ipynb #06970aed
@@ -105,14 +105,14 @@ def run_config(
 )->dict: # JSON's types
     "All that decides the result of a run, for comparison"
     dl,ds,two,cbs = learn.dls.train,learn.dls.train_ds,learn.__dict__.get('two_stage'),{type(o).__name__: o for o in learn.cbs}
-    core = getattr(learn.model, 'student', learn.model)
+    core = plain(getattr(learn.model, 'student', learn.model))
     flips = [getattr(o, 'label_map', None) for o in getattr(ds.tfm, 'transforms', [ds.tfm])]   # which str leaves out
     res = dict(epochs=learn.n_epoch, loss=_text(learn.loss_func), label_smoothing=getattr(getattr(learn.loss_func, 'func', None), 'label_smoothing', 0),
         model=dict(kind=type(core).__name__, **getattr(core, 'config', {}), layers=_short(_text(core), [(k, tuple(v.shape)) for k,v in core.state_dict().items()])),
         data=dict(clips=len(ds), fingerprint=_short([(os.path.relpath(o.path, learn.dls.path), o.label) for o in ds.items], list(ds.vocab)), seed=ds.seed,
             sampling=asdict(ds.sampling), augmentation=_text(ds.tfm), flips=flips, batch_size=dl.clips, processes=dl.share[1], drop_last=dl.drop_last, shuffle=dl.shuffle,
             normalisation=[_plain(getattr(o, k).flatten().tolist()) for o in dl.after_batch.fs for k in ('mean', 'std') if hasattr(o, k)]),
-        optimizer=dict(kind=type(getattr(learn.opt, 'opt', learn.opt)).__name__, groups=[dict(h) for h in learn.opt.hypers]),
+        optimizer=dict(kind=type(getattr(learn.opt, 'opt', learn.opt)).__name__, groups=[{k: v for k,v in h.items() if k != 'foreach'} for h in learn.opt.hypers]),
         schedule={k: [f(p/20) for p in range(21)] for o in learn.cbs if isinstance(o, ParamScheduler) for k,f in o.scheds.items()},
         stages=[_terms(s, *(f.name for f in fields(s) if f.name != 'teacher')) for s in two.stages] if two else [],
         distill=_terms(cbs['Distill'], 'label', 'logit', 'beta', 'T') if 'Distill' in cbs and not two else None,
@@ -171,10 +171,11 @@ class ExactResume(Callback):
         resume='auto',  # 'auto': go on from the latest checkpoint in `folder`, else start; None: start, which a folder with checkpoints refuses; or the path of one
         minutes=10.,    # write one after so many minutes
         steps=None,     # or after so many batches
-        keep=2):        # how many to keep
+        keep=2,         # how many to keep
+        elastic=False): # go on with another number of processes too: the same clips in the same batches, but other draws of drop path and mixup
         if keep < 1: raise ValueError(f'keep = {keep}: at least one checkpoint is needed to go on from')
         if minutes <= 0 or (steps is not None and steps < 1): raise ValueError(f'minutes = {minutes}, steps = {steps}: both must be above 0')
-        self.folder,self.resume,self.minutes,self.steps,self.keep = Path(folder),resume,minutes,steps,keep
+        self.folder,self.resume,self.minutes,self.steps,self.keep,self.elastic = Path(folder),resume,minutes,steps,keep,elastic
 
     _learn,old_handler = None,None
     @property
@@ -223,8 +224,10 @@ def find(self:ExactResume):
 @patch
 def check(self:ExactResume, path, state):
     "`state` of `path`, if it is one of this run"
-    if diff := config_differences(state['config'], self.about):
-        raise ValueError(f'{path} belongs to another run; go on with the values there, or choose another folder:\n' + '\n'.join(f'  {o}' for o in diff))
+    diff = config_differences(state['config'], self.about)
+    if self.elastic: diff = [o for o in diff if not o.startswith('data.processes: ')]
+    if diff: raise ValueError(f'{path} belongs to another run; go on with the values there, or choose another folder:\n' + '\n'.join(f'  {o}' for o in diff)
+        + ('\nWith elastic=True it goes on, though not bit for bit' if all(o.startswith('data.processes: ') for o in diff) else ''))
     print(f'going on from {path.name}: epoch {state["epoch"]+1} of {self.n_epoch}, {state["batch"]} of {len(self.dls.train)} batches done', flush=True)
     return state | dict(path=path)
 
@@ -253,7 +256,12 @@ def before_batch(self:ExactResume):
         if self.found: self.restore()
         self.learn.iter += self.offset                                 # the loop counts what the loader gives
         self.reach(self.iter)
-    elif self.told and self.world == 1: self.save(self.chance); self.leave()   # several processes validate at their own pace, and leave together after it
+    elif self.told: raise CancelValidException                         # each process has clips of its own: they meet after it
+
+@patch
+def after_validate(self:ExactResume):
+    self.told, = any_of(self.told)
+    if self.told: self.save(self.chance); self.leave()
 
 @patch
 def after_train(self:ExactResume):
@@ -276,11 +284,16 @@ def save(self:ExactResume, chance=None):
     if self.written and self.place == self.here: return
     learn,(epoch,batch) = self.learn,self.here
     scaler = learn.__dict__.get('scaler')
-    state = dict(config=self.about, epoch=epoch, batch=batch, data_epoch=self.dls.train_ds.epoch, train_iter=learn.train_iter, pct_train=learn.pct_train,
-                 model=self.trained.state_dict(), opt=learn.opt.state_dict(), scaler=scaler and scaler.state_dict(), callbacks=callback_states(learn), random=from_all(chance or random_states()))
+    state = whole(dict(config=self.about, epoch=epoch, batch=batch, data_epoch=self.dls.train_ds.epoch, train_iter=learn.train_iter, pct_train=learn.pct_train,
+                 model=self.trained.state_dict(), opt=learn.opt.state_dict(), scaler=scaler and scaler.state_dict(), callbacks=callback_states(learn), random=from_all(chance or random_states())))
     self.mark(from_main(lambda: write_state(state, self.folder, epoch, batch)))
     if self.rank == 0:
         for old in list_states(self.folder)[self.keep:]: old.unlink()
+
+def parts(state, opt):
+    "The whole `state` of a torch optimizer as `opt` holds it, in shards where its weights are"
+    ps = [p for g in opt.param_groups for p in g['params']]
+    return state | dict(state={i: {k: like(v, ps[i]) if isinstance(v, Tensor) and v.shape == ps[i].shape else v for k,v in o.items()} for i,o in state['state'].items()})
 
 @patch
 def mark(self:ExactResume, path): self.written,self.place,self.step,self.clock = path,self.here,self.train_iter,time.monotonic()
@@ -290,12 +303,13 @@ def restore(self:ExactResume):
     "Put everything where the checkpoint says"
     s,self.found,learn = self.found,None,self.learn
     vars(self.dls.train).pop('get_idxs')
-    self.trained.load_state_dict(s['model'])
-    learn.opt.load_state_dict(to_device(s['opt'], self.dls.device) if isinstance(learn.opt, Optimizer) else s['opt'])   # torch's own moves its state
+    load_whole(self.trained, s['model'])
+    learn.opt.load_state_dict(to_device(s['opt'], self.dls.device) if isinstance(learn.opt, Optimizer) else parts(s['opt'], learn.opt))
     if s['scaler']: learn.scaler.load_state_dict(s['scaler'])
     learn.train_iter,learn.pct_train,self.offset,self.here = s['train_iter'],s['pct_train'],s['batch'],(s['epoch'], s['batch'])
     set_callback_states(learn, s['callbacks'])
-    set_random_states(s['random'][self.rank])
+    set_random_states(s['random'][self.rank % len(s['random'])])
+    if self.rank >= len(s['random']): torch.manual_seed(torch.randint(2**62, ()).item() + self.rank)
     self.mark(s['path'])
 
 # %% ../nbs/23_resume.ipynb #4dfd7cbc

@@ -15,6 +15,7 @@ from torch.amp import GradScaler
 
 from .imports import *
 from .data import VideoDL
+from .distributed import like, load_whole
 
 # %% ../nbs/26_training.ipynb #f585a5ba
 class Precision(MixedPrecision):
@@ -70,7 +71,7 @@ class Accumulate(Callback):
     def state_dict(self):                                                  # of a group that is not complete
         return dict(grads=[None if p.grad is None else p.grad.clone() for p in self.params()])
     def load_state_dict(self, state):
-        for p,g in zip(self.params(), state['grads']): p.grad = None if g is None else g.to(p.device)
+        for p,g in zip(self.params(), state['grads']): p.grad = None if g is None else like(g, p)
     def params(self): return [p for group in self.opt.param_lists for p in group]
 
 # %% ../nbs/26_training.ipynb #1975d68a
@@ -99,7 +100,7 @@ class EMA(Callback):
         self.core.load_state_dict(self.ema.module.state_dict())
 
     def state_dict(self): return dict(ema=self.ema.module.state_dict(), updates=self.updates)
-    def load_state_dict(self, state): self.ema.module.load_state_dict(state['ema']); self.updates = state['updates']
+    def load_state_dict(self, state): load_whole(self.ema.module, state['ema']); self.updates = state['updates']
 
 # %% ../nbs/26_training.ipynb #5a4d0b9e
 class FiniteLoss(Callback):
