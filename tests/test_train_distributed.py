@@ -48,6 +48,12 @@ def test_the_student_of_one_process(runs, results):
     assert a.path.str.split('/').str[-2:].tolist() == b.path.str.split('/').str[-2:].tolist()
     assert b.filter(like='p_').values == pytest.approx(a.filter(like='p_').values, abs=1e-4)
 
+def test_finetune_is_that_of_one_process(runs, results):
+    assert results['tuned one']['codes'] == [0] and results['tuned two']['codes'] == [0, 0], results['tuned two']['said']
+    one,two = (runs/n/'tuned' for n in ('one', 'two'))
+    assert history(two).to_dict() == pytest.approx(history(one).to_dict(), rel=1e-5, abs=1e-6) and len(history(one)) >= 3
+    assert pd.read_csv(two/'predictions.csv').path.nunique() == 30
+
 def test_process_0_alone_writes_and_prints(runs, results):
     for name in 'run', 'teachers', 'clips_scene': assert files(runs/'two'/name) == files(runs/'one'/name)
     assert len(files(runs/'two'/'run')) == 10 and not list((runs/'two').rglob('*part*'))

@@ -15,11 +15,11 @@ from tsd.distributed import from_main, rank_world
 SMALL = ('data.options.n_train=20 data.options.n_test=30 data.options.workers=1 cnn.epochs=1 vit.epochs=1 train.stage2_epochs=2 train.checkpoint_minutes=1e-9 '
          'finetune.mixup=0 finetune.cutmix=0 finetune.drop_path=0 name=run').split()   # without what processes draw for themselves
 
-def tsd(folder, *words, before=None):
+def tsd(folder, *words, before=None, command=('train', 'tiny-fad')):
     "The command in one process of a group"
     torch.set_num_threads(1)
     if before: before()
-    if code := main(['train', 'tiny-fad', *SMALL, *words, '--out', str(folder)]): raise SystemExit(code)
+    if code := main([*command, *SMALL, *words, '--out', str(folder)]): raise SystemExit(code)
 
 def stop_training():
     "SIGKILL to process 1 in stage 2"
@@ -64,6 +64,9 @@ def main_(out):
     res['tested'] = fork(lambda d: tsd(d, '--resume', 'auto', before=stop_testing), out/'tested', 2)()
     res['tested']['rows'] = sum(len(o.read_text().splitlines()) - 1 for o in (out/'tested'/'run').glob('predictions.csv.part*'))
     res['tested on'] = fork(lambda d: tsd(d, '--resume', 'auto', before=count_tested), out/'tested', 0)()
+    for name,n in (('one', 0), ('two', 2)):
+        words = 'finetune', 'tiny-fad', '--student', str(out/'one'/'run'/'distilled.safetensors')
+        res[f'tuned {name}'] = fork(lambda d: tsd(d, 'name=tuned', command=words), out/name, n)()
     res['odd batch'] = fork(lambda d: tsd(d, 'train.bs=5', 'name=odd'), out/'two', 2)()
     res['other run'] = fork(lambda d: tsd(d, 'train.lr=1'), out/'two', 2)()
     res['patient'] = fork(lambda d: from_main(lambda: time.sleep(4) or 'prepared'), out/'patient', 2, minutes=2/60)()
