@@ -123,13 +123,18 @@ def add_train(p):
 
 def train(args, command):
     import matplotlib; matplotlib.use('agg')
+    from accelerate import PartialState
+    from tsd.distributed import launched
     from tsd.train import plan, read_config, run_recipe, show_plan
     for k in ('rate','clips'):
         if (v := getattr(args, k)) is not None and v <= 0: raise ValueError(f'--{k} {v} must be above 0')
     if (args.rate or args.clips) and not args.dry_run: raise ValueError('--rate and --clips are of the plan: add --dry-run')
     cfg = read_config(args.recipe, args.set)
-    if args.dry_run: print(show_plan(cfg, plan(cfg, args.clips, args.classes, args.rate, args.out)))
-    else: run_recipe(cfg, args.out, args.resume == 'auto', command)
+    if args.dry_run:
+        if os.environ.get('RANK', '0') == '0': print(show_plan(cfg, plan(cfg, args.clips, args.classes, args.rate, args.out)))
+        return
+    run_recipe(cfg, args.out, args.resume == 'auto', command)
+    if launched(): PartialState().destroy_process_group()
 
 def add_finetune(p):
     "Options of `tsd finetune`"
@@ -442,3 +447,7 @@ def main(
         print(f'tsd: {said}', file=sys.stderr); return 1
     except KeyboardInterrupt: print('tsd: stopped', file=sys.stderr); return 130
     return status or 0
+
+# %% ../nbs/50_cli.ipynb #87eec20f
+#| eval: false
+if __name__ == '__main__': sys.exit(main())

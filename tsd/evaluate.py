@@ -11,7 +11,6 @@ import contextlib, glob, hashlib, json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 import scipy.stats
-import torch.distributed as dist
 from fastcore.basics import patch
 from fastai.learner import Learner
 from tqdm import tqdm
@@ -21,6 +20,7 @@ from .annotations import check_classes
 from .augment import centre_crop, three_crops
 from .checkpoints import load_student, read_checkpoint
 from .data import ClipNormalize, Sampling, VideoItem
+from .distributed import from_all, from_main, rank_world
 from .sampling import view_indices
 from .teachers import Teacher, _digest, load_teacher
 from .video import VideoError, decode, probe, resize_short
@@ -194,13 +194,6 @@ def dataset_fingerprint(
     lines = sorted(f'{Path(os.path.relpath(os.path.abspath(p), root)).as_posix()}\t{o.label}' for p,o in zip(paths, items))
     return hashlib.blake2b('\n'.join(lines).encode(), digest_size=16).hexdigest()
 
-def _gather(o):
-    "`o` of every process, in order; where there is one only, of that"
-    if not (dist.is_available() and dist.is_initialized()): return [o]
-    all_ = [None]*dist.get_world_size()
-    dist.all_gather_object(all_, o)
-    return all_
-
 def _replace(path, text):
     "Write a file whole or not at all"
     part = path.with_name(path.name + '.new')
@@ -265,30 +258,26 @@ def test_views(
     if unknown := sorted({str(o.label) for o in items} - set(c.vocab)): raise ValueError(f"class '{unknown[0]}' of the videos is not one of the model's {len(c.vocab)} classes")
     paths = pd.Series([str(o.path) for o in items])
     if len(twice := paths[paths.duplicated()]): raise ValueError(f'{twice.iloc[0]} is listed twice ({len(twice)} such rows): each video counts once')
-    rank,world = (dist.get_rank(),dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0,1)
+    rank,world = rank_world()
     device,data,known = device or next(c.net.parameters()).device,dataset_fingerprint(items),{}
     if out is not None:
-        out,known = Path(out),None
-        if rank == 0:
-            try: known = _begun(out, dict(weights=_digest(c.net.state_dict()), network=json.loads(json.dumps(getattr(c.net, 'config', None), default=str)), sampling=asdict(c.sampling),
-                views=[clips, crops], normalisation=[c.norm.mean.flatten().tolist(), c.norm.std.flatten().tolist()], classes=c.vocab, videos=data))
-            except (ValueError, OSError) as e: known = e
-        known = _gather(known)[0]
-        if isinstance(known, Exception): raise known
+        out = Path(out)
+        known = from_main(lambda: _begun(out, dict(weights=_digest(c.net.state_dict()), network=json.loads(json.dumps(getattr(c.net, 'config', None), default=str)), sampling=asdict(c.sampling),
+            views=[clips, crops], normalisation=[c.norm.mean.flatten().tolist(), c.norm.std.flatten().tolist()], classes=c.vocab, videos=data)))
     rows,bad = _test_share(c, [o for o in items if str(o.path) not in known][rank::world], clips, crops, bs, workers, device, strict, progress and rank == 0, cache, groups,
                            out and out.with_name(f'{out.name}.part{rank}'))
-    shares = _gather((rows, bad))
+    shares = from_all((rows, bad))
     known |= {o[0]: o[2] for r,_ in shares for o in r}
     bad = [o for _,b in shares for o in b]
     if bad and (strict or not known): raise VideoError(bad[0][0], bad[0][1] if strict else f'none of the {len(items)} videos can be read; the first says: {bad[0][1]}')
     table = _table([(str(o.path), o.label, known[str(o.path)]) for o in items if str(o.path) in known], c.vocab, groups)
     res = dict(**scores(table), expected=len(items), evaluated=len(table), unreadable=bad, dataset=data)
-    if out is not None and rank == 0:
+    def write():
         _replace(out, table.to_csv(index=False))
         about = json.loads(out.with_suffix('.json').read_text(encoding='utf-8')) | res | dict(per_class=res['per_class'].to_dict('records'))
         _replace(out.with_suffix('.json'), json.dumps(about, indent=1, ensure_ascii=False))
         for o in _parts(out): o.unlink()
-    _gather(None)                                                 # no process goes on before the file is there
+    if out is not None: from_main(write)                          # no process goes on before the files are there
     return dict(**res, table=table)
 test_views.__test__ = False # not a test of pytest's
 
