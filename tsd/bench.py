@@ -452,7 +452,7 @@ def bench(
     try: df = BENCHES[name](repeats=repeats, device=device)
     finally: torch.set_num_threads(before)
     df = df.assign(device=torch.cuda.get_device_name() if device == 'cuda' else platform.machine(), threads=threads or before, torch=torch.__version__, command=command)
-    df.round(5).to_csv(out, index=False)
+    df.to_csv(out, index=False, float_format='%.6g')
     if 'what' in df and 'ratio' in df: (plot_bench if 'mib_ratio' in df else plot_data)(df); plt.savefig(Path(out).with_suffix('.png'), dpi=100, bbox_inches='tight'); plt.close()
     return df
 

@@ -113,10 +113,10 @@ def plot_ratios(
     cols = dict(millions='parameters', gmacs='multiply-adds', peak_mib='peak memory') | {c: f'time, {c[3:].replace("x", " x ")} views' for c in df if c.startswith('ms_')}
     tidy = (df[[*cols]]/df[[*cols]].iloc[0]).rename(columns=cols).assign(model=df.model).melt('model', var_name='what', value_name='ratio')
     _,ax = plt.subplots(figsize=(6, .22*len(tidy) + 1), layout='constrained')
-    sns.barplot(tidy, y='what', x='ratio', hue='model', ax=ax)
+    sns.barplot(tidy, y='what', x='ratio', hue='model', palette='crest', ax=ax)
     for o in ax.containers: ax.bar_label(o, fmt='%.2f', fontsize=7, padding=2)
     ax.axvline(1, color='k', lw=.8, ls='--'); ax.set(xlabel=f'multiple of {df.model[0]}', ylabel=''); ax.margins(x=.1); sns.despine(ax=ax)
-    ax.legend(frameon=False, fontsize=8)
+    ax.legend(frameon=False, fontsize=8, ncols=len(df), loc='lower left', bbox_to_anchor=(0, 1), columnspacing=1)
     return ax
 
 # %% ../nbs/35_cost.ipynb #410f14e4

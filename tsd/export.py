@@ -102,7 +102,9 @@ class OnnxNet(nn.Module):
         super().__init__()
         self.digest = nn.Parameter(torch.tensor(list(hashlib.sha256(Path(path).read_bytes()).digest()), dtype=torch.uint8), requires_grad=False)   # tells its results from those of other files
         ort = _extra('onnxruntime')
-        opts = ort.SessionOptions(); opts.intra_op_num_threads = torch.get_num_threads()
+        opts = ort.SessionOptions()
+        opts.intra_op_num_threads = torch.get_num_threads()
+        opts.add_session_config_entry('session.set_denormal_as_zero', '1')           # see `tsd.mhca`; the first session of a process decides for all
         try: self.session = ort.InferenceSession(str(path), opts, providers=['CPUExecutionProvider'])
         except Exception as e: raise ValueError(f'{path} is no ONNX file that onnxruntime can run ({str(e).splitlines()[0]})') from e
         self.num_classes = self.session.get_outputs()[0].shape[1]
@@ -190,7 +192,8 @@ def model_card(
         '## Use', '', '```', 'tsd predict clip.mp4 --model FOLDER', '```', '', '```python', 'from tsd.student import VideoViT', f"net = {type(m).__name__}.from_pretrained('FOLDER')   # clips (B,3,{s.frames},{s.size},{s.size}), normalised, to logits", 'net.vocab                                   # class names', '```', '',
         '## Training', '', *_recipe(run), '', '## Results', '', *_results(run, tests), '']
     if type(m) is not VideoViT: body = [o.replace('from tsd.student import', 'from tsd.teachers import').replace(' import VideoViT', f' import {type(m).__name__}') for o in body]
-    if forms is not None: body += ['## Files', '', _table(forms.assign(MiB=forms.MiB.round(2), difference=forms.difference.map('{:.1e}'.format))), '', '`difference`: the largest of the logits from those of the student, on clips of noise.', '']
+    if forms is not None: body += ['## Files', '', _table(forms.assign(MiB=forms.MiB.round(2), difference=forms.difference.map('{:.1e}'.format))), '', '`difference`: the largest of the logits from those of the student, on clips of noise.', '',
+        *['For onnxruntime on a CPU: `SessionOptions().add_session_config_entry("session.set_denormal_as_zero", "1")`; the attention is several times slower without.', '']*any(f.endswith('.onnx') for f in forms.file)]
     body += ['## Licence', '', _licence.format(f'The weights are under {license}' if license else 'No licence was chosen for the weights')]
     return ModelCard(f'---\n{meta.to_yaml()}\n---\n\n' + '\n'.join(body) + '\n')
 
