@@ -240,6 +240,17 @@ def test_the_tables_at_full_size():
     assert df.form.tolist() == ['safetensors', 'pt2', 'onnx', 'int8'] and (df.difference[:3] < 1e-4).all() and 0 < df.difference[3] < .1
     assert df.MiB[0] == pytest.approx(4*22.04e6/2**20, rel=.01) and df.MiB[3] < .4*df.MiB[0] and df.command[0].startswith('tsd bench export ')
 
+def test_cost_without_models_is_that_of_the_paper(work, tsd, monkeypatch):
+    "Student and both teachers with random weights, here on small clips: accuracy not run, and a figure all the same"
+    from functools import partial
+    from tsd import cost
+    from tsd.data import Sampling
+    monkeypatch.setattr(cost, 'full_size', partial(cost.full_size, 3, Sampling(4, 2, 32)))
+    code,out,err = tsd('cost', '--video', work/'0.mp4', '--clips', 2, '--crops', 1, '--repeats', 1, '--threads', 1, '--out', 'cost.csv')
+    assert code == 0, err
+    df = pd.read_csv('cost.csv')
+    assert len(df) == 3 and set(df.tested) == {'not run'} and df.ratio_2x1[0] == 1 and set(df.threads) == {1} and Path('cost.png').read_bytes()[:4] == b'\x89PNG'
+
 @pytest.mark.slow
 def test_export_at_full_size(tsd):
     "The paper's student through the command: every form answers as it does, and is read back"
