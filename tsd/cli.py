@@ -223,8 +223,8 @@ def _tested(df, split):
     if not len(df): raise ValueError(f'no clip of the table is marked {found}: choose another --split')
     return df,found
 
-def _source(name, data):
-    "How a source is read, and what its paths are relative to"
+def _source(name):
+    "A function of a file or folder and of the source's options: its table, and what the paths are relative to"
     from tsd import annotations as an
     def csv(path, folder=None): return an.read_annotations(path),path.parent if folder is None else folder
     def lists(path_, path=None, classes=None): return an.list_table(dict(test=path_), classes),path_.parent if path is None else path
@@ -239,7 +239,7 @@ def _items(args):
     from tsd.data import VideoItem, tidy_table
     data = Path(os.path.expandvars(args.data))
     name = args.source or ('folder' if data.is_dir() else 'csv')
-    read = _source(name, data)
+    read = _source(name)
     known,opts = list(inspect.signature(read).parameters)[1:],{k: os.path.expandvars(v) if isinstance(v, str) else v for k,v in args.data_options.items()}
     for k,v in opts.items():
         if k not in known: raise ValueError(f'--data-options {k}={v}: {name} has no such option; it has {", ".join(known) or "none"}')
