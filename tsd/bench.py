@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BENCHES', 'peak_bytes', 'compare', 'bench_mhca', 'bench_student', 'gflops', 'gmacs', 'stage_step', 'bench_stages',
            'moving_texture', 'bench_set', 'gpu_rate', 'cores_to_feed', 'each_view', 'all_views', 'bench_data',
-           'plot_data', 'cached', 'bench_cache', 'bare_loop', 'bench_engine', 'bench', 'plot_bench']
+           'plot_data', 'cached', 'bench_cache', 'bare_loop', 'bench_engine', 'bench_export', 'bench', 'plot_bench']
 
 # %% ../nbs/41_bench.ipynb #45f1048f
 import platform, tempfile, time
@@ -401,8 +401,31 @@ def bench_engine(
     df = compare({'bare PyTorch': fresh(bare, plain.student), 'fastai engine': fresh(engine, learn.student)}, repeats, device, False, time.perf_counter if torch.device(device).type == 'cuda' else time.process_time).assign(what=f'epoch of {steps} steps of stage 2, {bs} clips of {frames} x {size} x {size}')
     return df.assign(loss=[seen['bare'], seen['fastai']])
 
+# %% ../nbs/41_bench.ipynb #64f6fa31
+from .evaluate import load_classifier
+from .export import export_student, load_onnx
+
+def bench_export(
+    repeats=5,
+    device='cpu',  # not used: the forms are for the CPU
+    student=None): # `VideoViT`; default the paper's, at full size
+    "Size, largest difference of logits relative to the largest logit, and time of one clip of each form that `export_student` writes"
+    torch.manual_seed(0)
+    net = (student or timm.create_model('tsd_vit_small_patch16_224')).eval()
+    for m in net.modules():
+        if isinstance(m, MHCA): nn.init.uniform_(m.alpha, .5, 1.5); nn.init.normal_(m.delta)
+    nn.init.normal_(net.head.weight, std=.2)
+    s = Sampling(net.patch_embed.num_frames, size=net.patch_embed.img_size[0])
+    with tempfile.TemporaryDirectory() as tmp, torch.inference_mode():
+        out = Path(tmp)/'out'
+        df = export_student(net, out, sampling=s, vocab=[f'class {i}' for i in range(net.num_classes)])
+        forms = dict(safetensors=load_classifier(out).net.eval(), pt2=torch.export.load(out/'student.pt2').module(), onnx=load_onnx(out/'student.onnx').net, int8=load_onnx(out/'student-int8.onnx').net)
+        x = torch.randn(1, 3, s.frames, s.size, s.size)
+        times = compare({k: partial(f, x) for k,f in forms.items()}, repeats, memory=False).drop(columns=['mib','mib_ratio'])
+    return times.merge(df.drop(columns='file'), on='form')
+
 # %% ../nbs/41_bench.ipynb #d05d1f99
-BENCHES = dict(mhca=bench_mhca, student=bench_student, stages=bench_stages, data=bench_data, cache=bench_cache, engine=bench_engine)
+BENCHES = dict(mhca=bench_mhca, student=bench_student, stages=bench_stages, data=bench_data, cache=bench_cache, engine=bench_engine, export=bench_export)
 
 def _writable(path):
     "An OSError before the work rather than after it where a file cannot be written"
@@ -429,8 +452,8 @@ def bench(
     try: df = BENCHES[name](repeats=repeats, device=device)
     finally: torch.set_num_threads(before)
     df = df.assign(device=torch.cuda.get_device_name() if device == 'cuda' else platform.machine(), threads=threads or before, torch=torch.__version__, command=command)
-    df.round(5).to_csv(out, index=False)
-    if 'ratio' in df: (plot_bench if 'mib_ratio' in df else plot_data)(df); plt.savefig(Path(out).with_suffix('.png'), dpi=100, bbox_inches='tight'); plt.close()
+    df.to_csv(out, index=False, float_format='%.6g')
+    if 'what' in df and 'ratio' in df: (plot_bench if 'mib_ratio' in df else plot_data)(df); plt.savefig(Path(out).with_suffix('.png'), dpi=100, bbox_inches='tight'); plt.close()
     return df
 
 def plot_bench(

@@ -9,7 +9,7 @@ __all__ = ['COMMANDS', 'options', 'resolve', 'add_demo', 'demo', 'add_study', 's
            'doctor', 'add_prepare_data', 'prepare_data', 'parser', 'main']
 
 # %% ../nbs/50_cli.ipynb #addba571
-import argparse, json, re, shlex
+import argparse, inspect, json, platform, re, shlex
 from dataclasses import fields
 
 from .imports import *
@@ -148,7 +148,7 @@ def finetune(args, command):
 # %% ../nbs/50_cli.ipynb #8b4eef03
 def add_bench(p):
     "Options of `tsd bench`"
-    p.add_argument('name', help="mhca: plain, dense and folded attention; student: against Hugging Face; stages: a step of each at full size; data: decoding, loaders, tests, caches; cache: a step with the teacher's answer from disk; engine: fastai and callbacks against a bare loop")
+    p.add_argument('name', help="mhca: plain, dense and folded attention; student: against Hugging Face; stages: a step of each at full size; data: decoding, loaders, tests, caches; cache: a step with the teacher's answer from disk; engine: fastai and callbacks against a bare loop; export: the forms of tsd export at full size")
     p.add_argument('--out', help='CSV file to write (default runs/bench_NAME.csv)')
     p.add_argument('--repeats', type=int, default=5, help='rounds (default 5)')
     p.add_argument('--device', default='cpu', choices=('cpu','cuda'), help='where (default cpu)')
@@ -201,12 +201,21 @@ def _classifier(args):
     return c
 
 # %% ../nbs/50_cli.ipynb #4d7dd6cf
+_SOURCES = 'csv','folder','lists','kinetics','ssv2','ucf101','hmdb51'
+
+def _clips(p, **kwargs):
+    "Options that name the clips of a test"
+    a = p.add_argument
+    a('--data', help='clips to test on: CSV file (path, label, and perhaps split and group), a folder with a folder a class, or what --source says', **kwargs)
+    a('--source', choices=_SOURCES, help='as data.source of tsd train: with kinetics, ssv2, ucf101 and hmdb51 --data is the folder of the videos, with lists a file of lines "path class" (default csv for a file, folder for a folder)')
+    a('--data-options', type=options, default={}, metavar='"KEY=VALUE …"', help='of the source: annotations (folder) and split of ucf101 and hmdb51, annotations of ssv2, csvs (file) of kinetics, classes (file) and path of lists, folder of csv')
+    a('--split', choices=('train','valid','test','all'), help='which clips (default test where some are marked so, else valid, else all)')
+
 def add_test(p):
     "Options of `tsd test`"
     a = p.add_argument
-    a('--model', required=True, help='file of save_student, folder of save_pretrained, or a VideoMAE checkpoint')
-    a('--data', required=True, help='CSV file of clips (path, label, and perhaps split and group), or a folder with a folder a class')
-    a('--split', choices=('train','valid','test','all'), help='which clips (default test where some are marked so, else valid, else all)')
+    a('--model', required=True, help='file of save_student or of a prepared teacher, folder of save_pretrained, or a VideoMAE checkpoint')
+    _clips(p, required=True)
     a('--out', default='runs/test.csv', help='CSV file for the rows, with a JSON file and figures beside it; a test that was stopped goes on from it (default runs/test.csv)')
     a('--bs', type=int, default=32, help='views in a batch (default 32)')
     a('--workers', type=int, default=min(16, os.cpu_count()), help='threads that decode (default one a core, 16 at most)')
@@ -219,10 +228,27 @@ def _tested(df, split):
     if not len(df): raise ValueError(f'no clip of the table is marked {found}: choose another --split')
     return df,found
 
-def _items(data, split):
-    "Videos of a CSV file or folder, the table of them, and the name of the split"
-    from tsd.data import VideoItem, folder_table, read_annotations, tidy_table
-    df,split = _tested(tidy_table(folder_table(data), data) if data.is_dir() else tidy_table(read_annotations(data), data.parent), split)
+def _source(name):
+    "A function of a file or folder and of the source's options: its table, and what the paths are relative to"
+    from tsd import annotations as an
+    def csv(path, folder=None): return an.read_annotations(path),path.parent if folder is None else folder
+    def lists(path_, path=None, classes=None): return an.list_table(dict(test=path_), classes),path_.parent if path is None else path
+    if name in ('csv','lists'): return dict(csv=csv, lists=lists)[name]
+    table = getattr(an, f'{name}_table')
+    def read(path, **kwargs): return table(path, **kwargs),path
+    read.__signature__ = inspect.signature(table)
+    return read
+
+def _items(args):
+    "Videos that `--data` and what goes with it name, the table of them, and the name of the split"
+    from tsd.data import VideoItem, tidy_table
+    data = Path(os.path.expandvars(args.data))
+    name = args.source or ('folder' if data.is_dir() else 'csv')
+    read = _source(name)
+    known,opts = list(inspect.signature(read).parameters)[1:],{k: os.path.expandvars(v) if isinstance(v, str) else v for k,v in args.data_options.items()}
+    for k,v in opts.items():
+        if k not in known: raise ValueError(f'--data-options {k}={v}: {name} has no such option; it has {", ".join(known) or "none"}')
+    df,split = _tested(tidy_table(*read(data, **opts)), args.split)
     return list(map(VideoItem, df.path, df.label)),df,split
 
 def test(args, command):
@@ -230,8 +256,8 @@ def test(args, command):
     from tsd.analysis import calibration_error, plot_confusion, plot_reliability
     from tsd.evaluate import test_views
     if args.bs < 1 or args.workers < 1: raise ValueError(f'--bs {args.bs} and --workers {args.workers} must be at least 1')
-    data,out,first = Path(os.path.expandvars(args.data)),Path(args.out),int(os.environ.get('RANK', 0)) == 0
-    items,df,split = _items(data, args.split)
+    out,first = Path(args.out),int(os.environ.get('RANK', 0)) == 0
+    items,df,split = _items(args)
     c = _classifier(args)
     res = test_views(c, items, args.clips, args.crops, bs=args.bs, workers=args.workers, strict=False, out=out,
                      groups=dict(zip(df.path.astype(str), df.group)) if df.group.nunique() < len(df) else None)
@@ -264,7 +290,7 @@ def add_predict(p):
     "Options of `tsd predict`"
     a = p.add_argument
     a('videos', nargs='+', help='video files, and folders, which are searched through')
-    a('--model', required=True, help='file of save_student, folder of save_pretrained, or a VideoMAE checkpoint')
+    a('--model', required=True, help='file of save_student or of a prepared teacher, folder of save_pretrained, or a VideoMAE checkpoint')
     a('--topk', type=int, default=5, help='classes to list (default 5)')
     a('--json', action='store_true', help='a JSON object a line')
     a('--timeline', metavar='PNG', help='of a single video: draw its classes over time, and write them beside as CSV')
@@ -307,8 +333,7 @@ def add_export(p):
     a('--out', required=True, help='new folder: model.safetensors, config.json, README.md, and a file for each format')
     a('--formats', default='pt2,onnx,int8', help='besides safetensors (default all: pt2,onnx,int8; "" for none); onnx and int8 need pip install "tsd[export]"')
     a('--opset', type=int, help="of ONNX (default PyTorch's)")
-    a('--data', help='CSV file or folder of clips, for the accuracy of the student and of its int8 form')
-    a('--split', choices=('train','valid','test','all'), help='which of them (default test where some are marked so, else valid, else all)')
+    _clips(p)
     a('--test', action='append', default=[], metavar='RESULTS', help='results of tsd test, for the model card; may be given several times')
     a('--run', help="run folder, for the model card (default the model file's folder, if it is one)")
     a('--license', help='of the weights, for the model card, such as cc-by-nc-4.0')
@@ -317,9 +342,9 @@ def add_export(p):
 
 def export(args, command):
     from tsd.export import export_student
-    items = args.data and _items(Path(os.path.expandvars(args.data)), args.split)[0]
+    items = args.data and _items(args)[0]                                        # for the accuracy of the student and of its int8 form
     df = export_student(os.path.expandvars(args.model), args.out, [o for o in args.formats.split(',') if o], items, args.clips, args.crops, args.opset, args.run, args.test, args.license)
-    print(df.assign(MiB=df.MiB.round(2), difference=df.difference.map('{:.1e}'.format)).round(4).to_string(index=False))
+    print(df.assign(MiB=df.MiB.round(2), difference=df.difference.map('{:.1e}'.format)).round(4).to_string(index=False, na_rep=''))
     print(f'{args.out}: all files, README.md is the model card')
     bad = df.attrs['unreadable']
     for path,why in bad: print(f'tsd: not tested: {path}: {why}', file=sys.stderr)
@@ -329,31 +354,32 @@ def export(args, command):
 def add_cost(p):
     "Options of `tsd cost`"
     a = p.add_argument
-    a('models', nargs='+', metavar='NAME=FILE', help='a student first, then its teachers: files or folders that tsd test takes, and files of tsd prepare-teacher')
+    a('models', nargs='*', metavar='NAME=FILE', help="a student first, then its teachers: files or folders that tsd test takes (default the paper's student and both teachers at full size, with random weights: their accuracy is not run)")
     a('--test', action='append', default=[], metavar='RESULTS', help='results of tsd test; may be given several times')
     a('--video', help='for the time of a video (default one that is generated, 10 s of 340 x 256)')
     a('--clips', type=int, default=5, help='of the full protocol (default 5)')
     a('--crops', type=int, default=3, choices=(1,3), help='of the full protocol (default 3)')
     a('--bs', type=int, default=1, help='clips in a batch, for the clips a second (default 1)')
-    a('--repeats', type=int, default=3, help='of each time, the median counts (default 3)')
+    a('--repeats', type=int, default=3, help='of a time, the median counts; of one that is a sum over views, as many as have that many views in all (default 3)')
     a('--device', default='cpu', choices=('cpu','cuda'), help='where (default cpu)')
+    a('--threads', type=int, help="torch's, on a CPU (default as it is)")
     a('--out', default='runs/cost.csv', help='CSV file to write, with a figure beside it (default runs/cost.csv)')
 
 def cost(args, command):
     import matplotlib; matplotlib.use('agg')
     import matplotlib.pyplot as plt
-    from tsd.cost import cost, plot_cost
+    from tsd.cost import cost, full_size, plot_cost, plot_ratios
     if args.device == 'cuda' and not torch.cuda.is_available(): raise ValueError('--device cuda: torch sees no GPU here')
     if args.clips < 1: raise ValueError(f'--clips {args.clips} must be at least 1')
+    if args.threads: torch.set_num_threads(args.threads)
     named = [o.split('=', 1) if '=' in o else (Path(o).stem, o) for o in args.models]
     if len(dict(named)) < len(named): raise ValueError('two models have the same name: write NAME=FILE')
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    df = cost({k: os.path.expandvars(v) for k,v in named}, args.test, args.video, tuple(dict.fromkeys([(1,1), (args.clips,args.crops)])), args.repeats, args.bs, args.device)
-    df.assign(device=args.device, threads=torch.get_num_threads(), torch=torch.__version__, command=command).round(5).to_csv(out, index=False)
+    df = cost({k: os.path.expandvars(v) for k,v in named} if named else full_size(), args.test, args.video, tuple(dict.fromkeys([(1,1), (args.clips,args.crops)])), args.repeats, args.bs, args.device)
+    df.assign(device=platform.machine() if args.device == 'cpu' else torch.cuda.get_device_name(), threads=torch.get_num_threads(), repeats=args.repeats, torch=torch.__version__, command=command).round(5).to_csv(out, index=False)
     print(df.round(3).to_string(index=False))
-    if df.top1.notna().any(): plot_cost(df); plt.savefig(out.with_suffix('.png'), dpi=100); plt.close()
-    else: print('no figure: no accuracy is known, give --test')
+    (plot_cost if df.top1.notna().any() else plot_ratios)(df); plt.savefig(out.with_suffix('.png'), dpi=100); plt.close()
 
 # %% ../nbs/50_cli.ipynb #2d292716
 def _columns(p, *names):

@@ -33,7 +33,7 @@ from .checkpoints import load_student, save_student
 from .data import Sampling, VideoDataLoaders
 from .distill import DistillModel, stage_loss
 from .distributed import Distributed, from_main, in_turn, launched, rank_world, start_processes
-from .evaluate import test_views
+from .evaluate import _stat, save_preprocessor, test_views
 from .experiments import versions
 from .finetune import finetune_learner, pretrained_student
 from .learner import RunHistory, create_student, two_stage_learner
@@ -667,10 +667,11 @@ def _save(student, folder, name, dls, **info):
     if type(student) is VideoViT:
         path = path.with_suffix('.safetensors')
         part = path.with_suffix('.part')
-        save_student(student, part, student.vocab, sampling=asdict(dls.valid_ds.sampling), **info)
+        save_student(student, part, student.vocab, sampling=asdict(dls.valid_ds.sampling), norm=dict(mean=_stat(dls.norm.mean), std=_stat(dls.norm.std)), **info)
     else:
         part = path.with_suffix('.part')
         student.save_pretrained(part)
+        save_preprocessor(part, dls.valid_ds.sampling, dls.norm)
     os.replace(part, path)
     return path
 
