@@ -463,6 +463,7 @@ def main(
         from tsd import __version__
         print(__version__); return 0
     if args.command is None: top.print_help(); return 2
+    for said in ('`torch.jit.script` is deprecated', "The 'mode.chained_assignment' option"): warnings.filterwarnings('ignore', said)   # of fastai, when it is imported
     torch.set_flush_denormal(True)                                            # see `tsd.mhca`
     try: status = COMMANDS[args.command][1](args, shlex.join(['tsd', *argv]))
     except (ValueError, OSError, MemoryError, VideoError) as e:
