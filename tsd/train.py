@@ -39,6 +39,7 @@ from .learner import RunHistory, create_student, two_stage_learner
 from .plots import plot_history
 from .resume import ExactResume
 from .schedule import Stage
+import tsd.shards # VideoDataLoaders.from_shards
 from .student import VideoViT, fold_frames
 from .teachers import FrameTransformer, Teacher, VideoMAEViT, check_cnn, load_teacher, prepare_teacher
 from .tinyclips import CLASSES, make_tinyclips
@@ -604,7 +605,7 @@ def data_fingerprint(
     "Which clips a run sees"
     res = {}
     for k,dl in zip(('train','valid','test'), dls.loaders):
-        rows = '\n'.join(f'{os.path.relpath(o.path, dls.path)} {o.path.stat().st_size} {o.label}' for o in dl.dataset.items)
+        rows = '\n'.join(f'{os.path.relpath(o.path, dls.path)} {dl.dataset.size(i)} {o.label}' for i,o in enumerate(dl.dataset.items))
         res[k] = dict(clips=len(dl.dataset.items), hash=hashlib.blake2b(rows.encode(), digest_size=8).hexdigest())
     return res
 
