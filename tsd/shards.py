@@ -6,8 +6,8 @@
 __all__ = ['INDEX', 'tar_from', 'read_index', 'write_shards', 'index_shards', 'Shard', 'shards_of', 'ShardCache', 'window_order',
            'ShardDataset', 'WindowDataLoaders']
 
-# %% ../nbs/18_shards.ipynb #856bad92
-import fcntl, hashlib, io, json, re, shutil, tarfile, threading, time, uuid
+# %% ../nbs/18_shards.ipynb #7fa39ca6
+import hashlib, io, json, re, shutil, tarfile, threading, time, uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -20,6 +20,9 @@ from .imports import *
 from .annotations import VIDEO_SUFFIXES
 from .data import VideoDataLoaders, VideoDataset, drop_missing, tidy_table
 from .doctor import Ledger, _save
+
+try: import fcntl
+except ImportError: fcntl = None # not on Windows
 
 # %% ../nbs/18_shards.ipynb #acfbb9a6
 def _wds(name):
@@ -74,7 +77,7 @@ def _files(tar):
         tar.members = []                                      # which would grow
         if o.isreg(): yield o.name,tar.extractfile(o)
 
-# %% ../nbs/18_shards.ipynb #ddd07222
+# %% ../nbs/18_shards.ipynb #1faa8c35
 INDEX = 'path label split group class shard member bytes sha256'.split()
 
 def _url(index, name, urls=None):
@@ -88,6 +91,7 @@ def read_index(
     urls=None, # where the shards are, with {} for their name, such as 'pipe:aws s3 cp s3://bucket/{} -'; None: beside the index
 )->pd.DataFrame: # its columns, and `url`
     "The rows of an index; an OSError or ValueError where it cannot be read, or does not fit"
+    if urls is None and str(index).startswith('pipe:'): raise ValueError(f"{index}: of a command it isn't known where the shards are: give urls='pipe:… {{}} …'")
     if urls is not None and '{}' not in urls: raise ValueError(f"urls is {urls!r}: it needs {{}} where the name of a shard goes")
     source = _Source(index)
     try: raw = source.read()
@@ -100,6 +104,8 @@ def read_index(
         if not (ok := df[col].str.fullmatch(r'\d+')).all(): raise ValueError(f"{index}, line {ok.argmin()+2}: '{df[col][ok.argmin()]}' is no number in column '{col}'")
     if (twice := df.duplicated(['shard','member'])).any(): raise ValueError(f'{index}, line {twice.argmax()+2}: member {df.member[twice.argmax()]} of shard {df["shard"][twice.argmax()]} is listed already')
     for o in df.member: _inside(o, index)
+    for a,b in ('class','label'),('label','class'):
+        if (n := df.groupby(a)[b].nunique()).max() > 1: raise ValueError(f"{index}: {a} '{n.idxmax()}' stands with more than one {b}: {', '.join(sorted(set(df[b][df[a]==n.idxmax()])))}")
     return df.astype({'bytes':int, 'class':int}).assign(url=[_url(index, o, urls) for o in df['shard']])
 
 def _inside(member, where):
@@ -121,7 +127,7 @@ def _plan(t, path, shard_mb, seed):
     res['member'] = [f'{i:0{len(str(len(res)-1))}}{Path(p).suffix.lower()}' for i,p in enumerate(res.path)]
     return res
 
-# %% ../nbs/18_shards.ipynb #e61f59bd
+# %% ../nbs/18_shards.ipynb #fa4934be
 def _write_shard(to, rows, path):
     "Write the tar file `to`; the digest of each clip"
     part,digests = Path(f'{to}.part'),[]
@@ -163,6 +169,7 @@ def write_shards(
     if fresh and out.is_dir() and (strange := [*out.glob('*.tar'), *out.glob('index.csv')]): raise ValueError(f'{strange[0]}: exists, and is not of this command: choose an empty folder')
     with Ledger(out/'written.csv', cols) as book:
         known = {o['member']: o for o in book.rows}
+        for o in out.glob('*.part'): o.unlink()                                               # of a call that was killed
         digest = _write_all(plan, known, book, out, path)
     index = plan.assign(sha256=plan.member.map(digest))[INDEX]
     _save(index, out/'index.csv')
@@ -262,19 +269,19 @@ def shards_of(
         res.append(Shard(df.url.iloc[idx[0]], f"{re.sub(r'[^a-zA-Z0-9_.-]+', '_', name.rsplit('/', 1)[-1].split('.tar')[0])}-{digest}-{size}", size, clips))
     return res,number
 
-# %% ../nbs/18_shards.ipynb #4a3adb71
+# %% ../nbs/18_shards.ipynb #c91be1dd
 @contextmanager
-def _locked(path, how=fcntl.LOCK_EX):
-    "A file with a lock on it; None where `how` says not to wait and another process has one"
+def _locked(path, wait=True):
+    "A file with a lock on it; None where another process has one and we don't wait"
     with open(path, 'ab+') as f:
-        try: fcntl.flock(f, how)
+        try: fcntl.flock(f, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError: yield None; return
         try: yield f
         finally: fcntl.flock(f, fcntl.LOCK_UN)      # at once, even if a process that was forked meanwhile has it open
 
-def _has(f, how):
-    "Change the lock on `f`, if that needs no waiting"
-    try: fcntl.flock(f, how | fcntl.LOCK_NB)
+def _alone(f):
+    "Make the lock on `f` an exclusive one, if that needs no waiting"
+    try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError: return False
     return True
 
@@ -284,6 +291,7 @@ class ShardCache:
         folder, # made where it isn't there
         gb:float=None, # GB (10⁹ bytes) the unpacked clips may take; None: no limit
     ):
+        if fcntl is None: raise OSError('unpacked shards are guarded by file locks, which this system lacks: unpack the tar files and use from_csv')
         self.folder,self.gb,self.pin,self.busy = Path(folder).expanduser().absolute(),gb,None,None
         try: self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as e: raise OSError(f'{folder}: cannot be a folder for shards ({e.strerror}): choose another') from e
@@ -299,7 +307,7 @@ class ShardCache:
                 while True:
                     fcntl.flock(f, fcntl.LOCK_SH)                            # waits while it is unpacked or removed
                     if (self.folder/shard.name).is_dir(): break
-                    if not _has(f, fcntl.LOCK_EX): time.sleep(random.uniform(.02, .1))   # others want to unpack it too
+                    if not _alone(f): time.sleep(random.uniform(.02, .1))   # others want to unpack it too
                     elif not (self.folder/shard.name).is_dir(): self.unpack(shard)
                 os.utime(f.fileno())
                 yield self.folder/shard.name
@@ -346,7 +354,7 @@ def _sync(self:ShardCache, folder):
     try: os.fsync(fd)
     finally: os.close(fd)
 
-# %% ../nbs/18_shards.ipynb #28fbcbbc
+# %% ../nbs/18_shards.ipynb #d4aa184b
 @patch
 def make_room(self:ShardCache, shard, seconds=60):
     "Make the `.part` folder of a shard, and remove others until it fits; OSError where they are all in use, or the disk is full"
@@ -375,7 +383,7 @@ def removable(self:ShardCache):
     "Names of shards that no run has pinned, the least recently used first"
     pinned = set()
     for o in self.folder.glob('*.pin'):
-        with _locked(o, fcntl.LOCK_EX | fcntl.LOCK_NB) as dead:
+        with _locked(o, wait=False) as dead:
             if dead: o.unlink()
             else: pinned |= set(o.read_text().split('\n'))
     age = {o: self.lock(o).stat().st_mtime_ns for o in self._there()-pinned if self.lock(o).exists()}
@@ -384,7 +392,7 @@ def removable(self:ShardCache):
 @patch
 def remove(self:ShardCache, name):
     "Delete a shard; False where it is in use"
-    with _locked(self.lock(name), fcntl.LOCK_EX | fcntl.LOCK_NB) as f:
+    with _locked(self.lock(name), wait=False) as f:
         if f is None: return False
         part = self.folder/f'{name}.part'
         if part.exists(): shutil.rmtree(part)
@@ -427,10 +435,10 @@ def window_order(
     key = place[shard] + window*rng.random(len(shard))
     return np.argsort(key, kind='stable'),place,key
 
-# %% ../nbs/18_shards.ipynb #26ec267f
+# %% ../nbs/18_shards.ipynb #2befe230
 class ShardDataset(VideoDataset):
     "Clips of shards, which are fetched when they are needed; without a `store` as any other"
-    store,window = None,None
+    store,window,key = None,None,None
     def over(self, store, window, shards, number, sizes):
         "Read from `store`; for each clip the number of its shard and its size in bytes"
         self.store,self.window,self.shards,self.number,self.sizes = store,window,shards,number,sizes
@@ -445,7 +453,7 @@ class ShardDataset(VideoDataset):
     def clip(self, i):
         if self.store is None: return super().clip(i)
         with self.store.held(self.shards[self.number[i]]): video = super().clip(i)
-        if (p := int(self.key[i])+1) < len(self.at): self.store.ahead(self.shards[self.at[p]])
+        if self.key is not None and (p := int(self.key[i])+1) < len(self.at): self.store.ahead(self.shards[self.at[p]])
         return video
 
 class WindowDataLoaders(VideoDataLoaders):

@@ -49,7 +49,7 @@ from .training import EMA, Accumulate, FiniteLoss, Precision
 @dataclass
 class DataConfig:
     "[data]: the clips of both stages; [finetune.data] says what differs in fine-tuning and testing"
-    source:str='csv'              # VideoDataLoaders.from_…: csv, folder, lists, kinetics, ssv2, ucf101, hmdb51; or tinyclips, which are generated
+    source:str='csv'              # VideoDataLoaders.from_…: csv, folder, lists, kinetics, ssv2, ucf101, hmdb51, shards; or tinyclips, which are generated
     root:str|None=None            # its first argument: a file, or the folder of the videos; may name environment variables
     frames:int=16                 # T, frames in a clip
     stride:int=4                  # video frames from one clip frame to the next (dense)
