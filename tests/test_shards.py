@@ -248,6 +248,21 @@ def test_a_damaged_shard_stops_training_with_its_name(clips, tmp_path):
     with pytest.raises(OSError, match=f'{row["shard"]}: cannot be read .No such file'): train()
     wait_for(lambda: not [*tmp_path.glob('c0/*.part'), *tmp_path.glob('d/*.part')])          # the next shard may be on its way still
 
+def test_a_shard_that_lacks_a_clip(clips, tmp_path):
+    "As one does that was cut between two members: tar sees nothing wrong with it"
+    shard = shards_at(clips)[0]
+    with tarfile.open(clips[0]/'shards/train-000000.tar') as t: end = next(o.offset for o in reversed(t.getmembers()) if o.name.endswith('.mp4'))
+    (tmp_path/'cut.tar').write_bytes((clips[0]/'shards/train-000000.tar').read_bytes()[:end])
+    with pytest.raises(OSError, match=rf'cut.tar: 1 of {len(shard.clips)} clips are not in it, the first is member \d\d.mp4'):
+        with ShardCache(tmp_path/'c').held(sh.Shard(str(tmp_path/'cut.tar'), shard.name, shard.bytes, shard.clips)): pass
+    assert not whole(tmp_path/'c')
+
+def test_a_command_is_read_to_its_end(clips, tmp_path):
+    url = f"pipe:cat '{clips[0]}/shards/train-000000.tar'; head -c 300000 /dev/zero || exit 1"   # some programs fail when nobody reads on
+    with sh.tar_from(url) as tar: assert len([*tar]) == 3*len(shards_at(clips)[0].clips)
+    with pytest.raises(OSError, match='its command ends with status 3'):
+        with sh.tar_from(url+'; exit 3') as tar: list(tar)
+
 def test_full_disk(clips, tmp_path, monkeypatch):
     if shutil.which('mount') and not os.system(f'mkdir {tmp_path}/disk; mount -t tmpfs -o size=60k none {tmp_path}/disk 2>/dev/null'):
         try:
