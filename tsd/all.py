@@ -17,6 +17,7 @@ from .annotations import *
 from .frames import *
 from .data import *
 from .doctor import *
+from .shards import *
 from .tinyclips import *
 from .distill import *
 from .schedule import *

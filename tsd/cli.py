@@ -6,7 +6,7 @@
 __all__ = ['COMMANDS', 'options', 'resolve', 'add_demo', 'demo', 'add_study', 'study', 'add_prepare', 'prepare', 'add_train',
            'train', 'add_finetune', 'finetune', 'add_bench', 'bench', 'add_cache', 'cache', 'add_test', 'test',
            'add_compare', 'compare', 'add_predict', 'predict', 'add_export', 'export', 'add_cost', 'cost', 'add_doctor',
-           'doctor', 'add_prepare_data', 'prepare_data', 'parser', 'main']
+           'doctor', 'add_prepare_data', 'prepare_data', 'add_shards', 'shards', 'parser', 'main']
 
 # %% ../nbs/50_cli.ipynb #addba571
 import argparse, inspect, json, platform, re, shlex
@@ -426,6 +426,24 @@ def prepare_data(args, command):
     print(f'{new}: all rows of {csv}' + (f'; {len(report)} of its videos could not be made, {new.stem}_problems.csv says why' if len(report) else ''))
     return int(len(report) > 0)
 
+# %% ../nbs/50_cli.ipynb #a02ff2b2
+def add_shards(p):
+    "Options of `tsd shards`"
+    a = p.add_argument
+    a('csv', help='CSV file of clips: path, label, and perhaps split and group; it and its videos stay as they are')
+    a('out', help='folder for the tar files and their index, index.csv')
+    a('--shard-mb', type=float, default=1000., help='size that a shard should not exceed, MB (default 1000)')
+    a('--seed', type=int, default=0, help='of the share-out of the clips (default 0)')
+    a('--max-missing', type=float, default=0., help='share of the videos that may be missing (default 0)')
+    _columns(p, 'path', 'label', 'split', 'group')
+
+def shards(args, command):
+    from tsd.annotations import read_annotations
+    from tsd.shards import write_shards
+    csv,opts = Path(os.path.expandvars(args.csv)),{k:v for k,v in vars(args).items() if k in 'shard_mb seed max_missing path_col label_col split_col group_col'.split()}
+    df = write_shards(read_annotations(csv), args.out, csv.parent, **opts)
+    print(f"{len(df)} clips in {df['shard'].nunique()} shards, {df['bytes'].sum()/1e9:.3g} GB; {Path(args.out)/'index.csv'} lists them")
+
 # %% ../nbs/50_cli.ipynb #b7e62027
 COMMANDS = {'demo': (add_demo, demo, 'the whole method once: teachers, both stages, fine-tuning, test, table and figures'),
             'study': (add_study, study, 'four students that differ in their teachers only, over several seeds, to a CSV; goes on where it was stopped'),
@@ -435,6 +453,7 @@ COMMANDS = {'demo': (add_demo, demo, 'the whole method once: teachers, both stag
             'predict': (add_predict, predict, 'the most probable classes of videos, a line each; timeline and attention of one'),
             'doctor': (add_doctor, doctor, 'look for missing, damaged, duplicate and too short videos, and for splits that leak; goes on where it was stopped'),
             'prepare-data': (add_prepare_data, prepare_data, 'encode videos anew with a small short side and close keyframes; goes on where it was stopped'),
+            'shards': (add_shards, shards, 'write clips into tar files for object storage, with an index; goes on where it was stopped'),
             'cache': (add_cache, cache, 'look at or check the answers of teachers that a TeacherCache keeps'),
             'train': (add_train, train, 'a recipe or a file of your own: teachers, both stages, fine-tuning, test; or the plan of it'),
             'finetune': (add_finetune, finetune, 'the same without the stages: fine-tune and test a student, or weights of VideoMAE or MVD'),

@@ -345,7 +345,7 @@ def fingerprint(
     "A hash of `teacher`, the clips of `dls` with their sampling and augmentation, and `settings`"
     ds,skip = dls.train_ds,f'{teacher.model.pretrained_cfg["classifier"]}.' if head_only else None
     state = {k: v for k,v in teacher.model.state_dict().items() if not (skip and k.startswith(skip))}
-    clips = [[(os.path.relpath(o.path, dls.path), o.path.stat().st_size, o.label) for o in part.items] for part in (ds, dls.valid_ds)]
+    clips = [[(os.path.relpath(o.path, dls.path), part.size(i), o.label) for i,o in enumerate(part.items)] for part in (ds, dls.valid_ds)]
     flips = [getattr(o, 'label_map', None) for o in getattr(ds.tfm, 'transforms', [ds.tfm])]      # which str(tfm) leaves out
     about = [_about(teacher), [m.memo is not None for m in teacher.modules() if isinstance(m, Teacher)], settings,
              clips, asdict(ds.sampling), str(ds.tfm), flips, ds.seed, ds._next_epoch, dls.train.bs, getattr(dls.train, 'repeats', 1), ds.backend]

@@ -40,6 +40,7 @@ from .learner import RunHistory, create_student, two_stage_learner
 from .plots import plot_history
 from .resume import ExactResume
 from .schedule import Stage
+import tsd.shards # VideoDataLoaders.from_shards
 from .student import VideoViT, fold_frames
 from .teachers import FrameTransformer, Teacher, VideoMAEViT, check_cnn, load_teacher, prepare_teacher
 from .tinyclips import CLASSES, make_tinyclips
@@ -49,7 +50,7 @@ from .training import EMA, Accumulate, FiniteLoss, Precision
 @dataclass
 class DataConfig:
     "[data]: the clips of both stages; [finetune.data] says what differs in fine-tuning and testing"
-    source:str='csv'              # VideoDataLoaders.from_…: csv, folder, lists, kinetics, ssv2, ucf101, hmdb51; or tinyclips, which are generated
+    source:str='csv'              # VideoDataLoaders.from_…: csv, folder, lists, kinetics, ssv2, ucf101, hmdb51, shards; or tinyclips, which are generated
     root:str|None=None            # its first argument: a file, or the folder of the videos; may name environment variables
     frames:int=16                 # T, frames in a clip
     stride:int=4                  # video frames from one clip frame to the next (dense)
@@ -609,7 +610,7 @@ def data_fingerprint(
     "Which clips a run sees"
     res = {}
     for k,dl in zip(('train','valid','test'), dls.loaders):
-        rows = '\n'.join(f'{os.path.relpath(o.path, dls.path)} {o.path.stat().st_size} {o.label}' for o in dl.dataset.items)
+        rows = '\n'.join(f'{os.path.relpath(o.path, dls.path)} {dl.dataset.size(i)} {o.label}' for i,o in enumerate(dl.dataset.items))
         res[k] = dict(clips=len(dl.dataset.items), hash=hashlib.blake2b(rows.encode(), digest_size=8).hexdigest())
     return res
 
