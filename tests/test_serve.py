@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -182,13 +183,16 @@ def test_in_a_browser(work, tmp_path, browser, monkeypatch):
         upload(work/'bad/text.mp4')
         wait(lambda: 'text.mp4: cannot be read' in find('[data-testid=toast-body]')[0].text)
         assert 'Traceback' not in browser.page_source and not bars()
-        click('Clear')
-        click('Capture from camera'); click('Click to Access Webcam'); click('Record')
-        wait(lambda: find('button[aria-label="start recording"]')[0].text == 'Stop')
-        browser.execute_async_script('setTimeout(arguments[0], 1500)')                                  # of video
-        click('Stop')
-        wait(lambda: len(bars()) == 5)
-        took, = (tmp_path/'uploads').rglob('*.webm')
+        for seconds in (1.5, 6, 24):                                                                    # a busy machine may give no picture at first
+            click('Clear')
+            click('Capture from camera'); click('Click to Access Webcam'); click('Record')
+            wait(lambda: find('button[aria-label="start recording"]')[0].text == 'Stop')
+            time.sleep(seconds)
+            click('Stop')
+            wait(lambda: len(bars()) == 5 or 'sample.webm' in find('[data-testid=toast-body]')[0].text)
+            if bars(): break
+            click('Close')                                                                              # the message
+        took = max((tmp_path/'uploads').rglob('*.webm'), key=lambda o: o.stat().st_mtime)
         assert bars() == [(n, f'{np.floor(100*p + .5):.0f}%') for n,p in wanted(took, work)]
         urls = set(asked_for(browser)) | set(browser.execute_script("return performance.getEntriesByType('resource').map(o => o.name)"))
         away = [u for u in urls if re.match('(http|ws|ftp)s?:', u) and not u.startswith(page.local_url)]
