@@ -32,4 +32,5 @@ from .analysis import *
 from .predict import *
 from .export import *
 from .cost import *
+from .serve import *
 from .plots import *
