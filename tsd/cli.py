@@ -495,6 +495,7 @@ def main(
     argv=None): # words of the command line; default those of the process
     "Entry point of `tsd`; returns the exit status"
     argv = sys.argv[1:] if argv is None else list(argv)
+    for said in ('`torch.jit.script` is deprecated', "The 'mode.chained_assignment' option"): warnings.filterwarnings('ignore', said)   # of fastai, when it is imported
     top = parser()
     args,rest = top.parse_known_args(argv)
     if hasattr(args, 'set') and all('=' in o and not o.startswith('-') for o in rest): args.set += rest   # key=value behind an option
@@ -503,7 +504,6 @@ def main(
         from tsd import __version__
         print(__version__); return 0
     if args.command is None: top.print_help(); return 2
-    for said in ('`torch.jit.script` is deprecated', "The 'mode.chained_assignment' option"): warnings.filterwarnings('ignore', said)   # of fastai, when it is imported
     torch.set_flush_denormal(True)                                            # see `tsd.mhca`
     try: status = COMMANDS[args.command][1](args, shlex.join(['tsd', *argv]))
     except (ValueError, OSError, MemoryError, VideoError) as e:
