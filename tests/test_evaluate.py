@@ -2,6 +2,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -136,6 +137,66 @@ def test_predict_a_folder_of_odd_files(tmp_path, shared, job, capsys):
     assert all(readable(r['path']) for r in rows if r['predictions']) and any(not readable(r['path']) for r in rows)
     assert all(len(r['predictions']) == 3 for r in rows if 'error' not in r) and sum('error' not in r for r in rows) >= 5
     assert err.count('\n') == sum('error' in r for r in rows) and 'Traceback' not in err
+
+def official(shared, name, folder):
+    "The first rows of a set's official lists, as they are where a few lines of training clips are needed too; test clips (path, class), all classes, options of --data-options"
+    at,notes = shared/'annotations',folder/'notes'
+    notes.mkdir(parents=True)
+    if name == 'kinetics':
+        lines = (at/'kinetics400'/'kinetics-400_val.csv').read_text().splitlines()[:40]
+        (notes/'val.csv').write_text('\n'.join(lines) + '\n')
+        rows = [o.split(',') for o in lines[1:]]
+        return [(f'{i}_{int(a):06}_{int(b):06}.mp4', c) for c,i,a,b,*_ in rows], (at/'kinetics400'/'label_map.txt').read_text().splitlines(), f'csvs={notes}/val.csv'
+    if name == 'ssv2':
+        rows = json.loads((at/'ssv2'/'something-something-v2-validation.json').read_text())[:40]
+        names = (at/'ssv2'/'something-something-v2-labels.json').read_text()
+        for part,o in (('labels', names), ('validation', json.dumps(rows[1:])), ('train', json.dumps(rows[:1]))): (notes/f'{part}.json').write_text(o)
+        return [(f'{o["id"]}.webm', o['template'].replace('[', '').replace(']', '')) for o in rows[1:]], list(json.loads(names)), f'annotations={notes}'
+    if name == 'ucf101':
+        names,rows = (at/'ucf101'/'classInd.txt').read_text(), (at/'ucf101'/'testlist01.txt').read_text().splitlines()[:40]
+        for f,o in (('classInd.txt', names), ('testlist01.txt', '\n'.join(rows[1:])), ('trainlist01.txt', rows[0] + ' 1')): (notes/f).write_text(o)
+        return [(o, o.split('/')[0]) for o in rows[1:]], [o.split()[1] for o in names.splitlines()], f'annotations={notes} split=1'
+    rows = []
+    for c in ('cartwheel', 'dive', 'wave'):
+        text = (at/'hmdb51'/f'{c}_test_split1.txt').read_text()
+        (notes/f'{c}_test_split1.txt').write_text(text)
+        rows += [(f'{c}/{o.split()[0]}', c) for o in text.splitlines() if o.split()[1] == '2']
+    return rows, sorted(o.strip() for o in (at/'hmdb51'/'class_list.txt').read_text().splitlines() if o.strip()), f'annotations={notes}'
+
+@pytest.mark.parametrize('name', ['kinetics', 'ssv2', 'ucf101', 'hmdb51'])
+def test_official_lists_on_the_command_line(tmp_path, shared, name, tsd, job):
+    "Three videos of a set that has more: the three are tested by their official classes, the others are named, none is forgotten"
+    rows,names,opts = official(shared, name, tmp_path/'set')
+    video,there = next(o.path for o in job[1] if o.path.name != 'bad.mp4'),[rows[0], rows[len(rows)//2], rows[-1]]
+    for path,_ in there:
+        (file := tmp_path/'videos'/path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(video, file)
+    save_student(VideoViT(**job[0].config | dict(num_classes=len(names))), tmp_path/'s.safetensors', names, sampling=asdict(job[2]['sampling']))
+    words = ['test', '--model', 's.safetensors', '--source', name, '--data', 'videos', '--clips', 1, '--crops', 1]
+    code,out,err = tsd(*words, '--data-options', opts, '--out', 'test.csv')
+    assert code == 1 and f'3 of {len(rows)} videos' in out and err.count('not tested: ') == len(rows) - 3, err
+    table = read_results('test.csv')
+    assert [(Path(p).name, c) for p,c in zip(table.path, table.label)] == [(Path(p).name, c) for p,c in there]
+    code,out,err = tsd(*words, '--data-options', 'colour=red')
+    assert code == 1 and f'colour=red: {name} has no such option' in err and err.count('\n') == 1, err
+    code,out,err = tsd(*words[:-6], '--data', 'nowhere', '--data-options', opts)
+    assert code == 1 and 'nowhere' in err and err.count('\n') == 1, err
+
+def test_lists_on_the_command_line(tmp_path, tsd, job):
+    "Lines `path class` with names beside them and videos elsewhere; the same videos as a CSV file whose paths are relative to a folder: the same answers"
+    net,items,kw = job
+    good,names = [o for o in items if o.path.name != 'bad.mp4'][:4],kw['vocab']
+    save_student(VideoViT(**net.config), tmp_path/'s.safetensors', names, sampling=asdict(kw['sampling']))
+    root = good[0].path.parent
+    while not all(o.path.is_relative_to(root) for o in good): root = root.parent
+    (tmp_path/'list.txt').write_text(''.join(f'{o.path.relative_to(root)} {names.index(o.label)}\n' for o in good))
+    (tmp_path/'names.txt').write_text('\n'.join(names))
+    pd.DataFrame(dict(path=[o.path.relative_to(root) for o in good], label=[o.label for o in good])).to_csv(tmp_path/'clips.csv', index=False)
+    words = ['test', '--model', 's.safetensors', '--clips', 1, '--crops', 1]
+    for out,more in (('a.csv', ['--source', 'lists', '--data', 'list.txt', '--data-options', f'path={root} classes=names.txt']), ('b.csv', ['--data', 'clips.csv', '--data-options', f'folder={root}'])):
+        code,said,err = tsd(*words, *more, '--out', out)
+        assert code == 0 and '4 of 4 videos' in said, err
+    assert read_results('a.csv').equals(read_results('b.csv')) and read_results('a.csv').label.tolist() == [o.label for o in good]
 
 @pytest.mark.slow
 def test_torchrun(tmp_path, job, want):

@@ -16,7 +16,7 @@ INTERFACE = dict(
     checkpoints='save_student load_student', plots='plot_history plot_results', paper='paper_tables RECIPE ledger',
     annotations='read_annotations check_classes', doctor='doctor prepare_data', frames='FrameCache', resume='ExactResume', cache='TeacherCache Views cache_bytes',
     training='Precision Accumulate EMA FiniteLoss', predict='sliding_probs rollout', analysis='compare cka', bench='bench compare', train='read_config plan run_recipe',
-    distributed='Distributed', export='export_student export_onnx fold_constants', cost='cost plot_cost')
+    distributed='Distributed', export='export_student export_onnx fold_constants', cost='cost plot_cost', shards='write_shards index_shards', serve='prediction_page serve')
 TINY = ('--frames 4 --embed-dim 48 --num-heads 3 --cnn-epochs 1 --vit-epochs 1 --stage1-epochs 1 --stage2-epochs 1 --finetune-epochs 1 --bs 10 --clips 2').split()
 SMALL = '--teacher-clips 40 --student-clips 20 --test-clips 20'.split()
 

@@ -179,6 +179,22 @@ def test_finetune_of_students_and_foreign_weights(tmp_path, tsd):
         assert 'stage1' not in out and list(pd.read_csv(f'runs/{name}/history.csv').stage.unique()) == ['finetune']
         assert pd.read_csv(f'runs/{name}/results.csv').n[0] == 10
     assert Path('runs/own/student.safetensors').is_file() and json.loads(Path('runs/mae/student/config.json').read_text())['architectures'] == ['VideoMAEViT']
+    # what was saved says how a video becomes clips, and with which normalisation: its test is that of the run
+    other = ['data.source=csv', 'data.root=runs/clips_scene/clips.csv', 'data.mode=uniform', 'data.options={mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6]}']
+    for name,file in (('own2', 'own.safetensors'), ('mae2', 'videomae.pth')):
+        code,out,err = tsd('finetune', 'tiny-fad', '--student', file, *other, 'test.crops=1', 'finetune.epochs=1', f'name={name}')
+        assert code == 0, err
+        student,clips = next(Path(f'runs/{name}').glob('student*')),pd.read_csv(f'runs/{name}/results.csv').clips[0]
+        code,out,err = tsd('test', '--model', student, '--data', 'runs/clips_scene/clips.csv', '--clips', clips, '--crops', 1, '--out', f'{name}.csv')
+        assert code == 0 and ', uniform, ' in out, err
+        probs = [pd.read_csv(f).set_index('path').sort_index().filter(regex='^p_') for f in (f'runs/{name}/predictions.csv', f'{name}.csv')]
+        assert len(probs[0]) == 10 and abs(probs[0].values - probs[1].values).max() < 1e-5
+        assert tsd('export', '--model', student, '--out', f'{name}-out', '--formats', '')[0] == 0
+        about = json.loads(Path(f'{name}-out/preprocessor_config.json').read_text())
+        assert about['sampling']['mode'] == 'uniform' and about['image_mean'] == [.1, .2, .3] and about['image_std'] == [.4, .5, .6]
+        video = next(Path('runs/clips_scene').rglob('*.mp4'))
+        said = [json.loads(tsd('predict', video, '--model', m, '--json', '--clips', 1, '--crops', 1)[1])['predictions'] for m in (student, f'{name}-out')]
+        assert said[0] == said[1]
     code,out,err = tsd('finetune', 'tiny-fad', '--student', 'absent.pth', *small)
     assert code == 1 and 'absent.pth' in err
 

@@ -17,6 +17,7 @@ from .annotations import *
 from .frames import *
 from .data import *
 from .doctor import *
+from .shards import *
 from .tinyclips import *
 from .distill import *
 from .schedule import *
@@ -31,4 +32,5 @@ from .analysis import *
 from .predict import *
 from .export import *
 from .cost import *
+from .serve import *
 from .plots import *

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['BENCHES', 'peak_bytes', 'compare', 'bench_mhca', 'bench_student', 'gflops', 'gmacs', 'stage_step', 'bench_stages',
            'moving_texture', 'bench_set', 'gpu_rate', 'cores_to_feed', 'each_view', 'all_views', 'bench_data',
-           'plot_data', 'cached', 'bench_cache', 'bare_loop', 'bench_engine', 'bench', 'plot_bench']
+           'plot_data', 'cached', 'bench_cache', 'checkpoint_seconds', 'bare_loop', 'bench_engine', 'bench_export',
+           'bench', 'plot_bench']
 
 # %% ../nbs/41_bench.ipynb #45f1048f
 import platform, tempfile, time
@@ -336,6 +337,8 @@ def bench_cache(
     return df.assign(speedup=1/df.ratio)
 
 # %% ../nbs/41_bench.ipynb #f8f43517
+import io
+from contextlib import redirect_stdout
 from copy import deepcopy
 from dataclasses import replace
 from fastai.torch_core import set_seed
@@ -343,7 +346,9 @@ from timm.optim import param_groups_weight_decay
 
 from .data import ClipNormalize, Sampling, VideoDataLoaders
 from .learner import two_stage_learner
+from .resume import ExactResume
 from .schedule import warmup_cosine
+from .tinyclips import make_tinyclips
 
 # %% ../nbs/41_bench.ipynb #a7f4b8aa
 class _Batches:
@@ -358,6 +363,24 @@ class _Batches:
 class _MemoryLoaders(VideoDataLoaders):
     @property
     def norm(self): return self.train.norm
+
+class _TimedResume(ExactResume):
+    took = ()
+    def save(self, chance=None):
+        start = time.perf_counter()
+        super().save(chance)
+        self.took = *self.took,time.perf_counter() - start
+
+def checkpoint_seconds(student, size, frames, repeats, device):
+    "Median seconds of a checkpoint of `student` with its AdamW, between the steps of a fit to ten generated clips"
+    with tempfile.TemporaryDirectory() as tmp:
+        dls = VideoDataLoaders.from_csv(make_tinyclips(Path(tmp)/'clips', n_train=10, n_test=10, workers=1), bs=2, frames=frames, size=size, cache=True, device=device)
+        net = deepcopy(student)
+        if isinstance(net, nn.Module): net.reset_classifier(dls.c)
+        learn = two_stage_learner(dls, net, distill=None)
+        cb = _TimedResume(Path(tmp)/'checkpoints', steps=1)
+        with learn.no_bar(), learn.no_logging(), redirect_stdout(io.StringIO()): learn.fit_stages([Stage('bench', repeats+1, label=1., logit=0.)], 1e-4, cbs=cb)
+        return float(np.median(cb.took[1:]))
 
 def bare_loop(model, teacher, stage, batches, lr, warmup=.1):
     "One epoch of `stage` in plain PyTorch; its mean loss"
@@ -382,7 +405,7 @@ def bench_engine(
     size=112, frames=8, bs=2, steps=4,
     vit=None,       # arguments of the teacher, a `VideoMAEViT`; default a ViT-S
     classes=400):
-    "An epoch of stage 2 by `fit_stages`, with its callbacks, against one by `bare_loop`"
+    "An epoch of stage 2 by `fit_stages`, with its callbacks, against one by `bare_loop`; and by `fit_stages` with a checkpoint a minute"
     set_seed(0)
     batches = [(torch.randn(bs, 3, frames, size, size, device=device), torch.randint(classes, (bs,), device=device)) for _ in range(steps)]
     make = partial(_Batches, size=size, frames=frames, c=classes, device=device)
@@ -399,10 +422,35 @@ def bench_engine(
         def run(): model.load_state_dict(start); f()
         return run
     df = compare({'bare PyTorch': fresh(bare, plain.student), 'fastai engine': fresh(engine, learn.student)}, repeats, device, False, time.perf_counter if torch.device(device).type == 'cuda' else time.process_time).assign(what=f'epoch of {steps} steps of stage 2, {bs} clips of {frames} x {size} x {size}')
-    return df.assign(loss=[seen['bare'], seen['fastai']])
+    df = df.assign(loss=[seen['bare'], seen['fastai']])
+    save = checkpoint_seconds(student, size, frames, repeats, device)
+    return pd.concat([df, df[1:].assign(form='with exact resume', baseline='fastai engine', seconds=df.seconds[1]*(1 + save/60), ratio=1 + save/60, what='one checkpoint a minute')], ignore_index=True)
+
+# %% ../nbs/41_bench.ipynb #64f6fa31
+from .evaluate import load_classifier
+from .export import export_student, load_onnx
+
+def bench_export(
+    repeats=5,
+    device='cpu',  # not used: the forms are for the CPU
+    student=None): # `VideoViT`; default the paper's, at full size
+    "Size, largest difference of logits relative to the largest logit, and time of one clip of each form that `export_student` writes"
+    torch.manual_seed(0)
+    net = (student or timm.create_model('tsd_vit_small_patch16_224')).eval()
+    for m in net.modules():
+        if isinstance(m, MHCA): nn.init.uniform_(m.alpha, .5, 1.5); nn.init.normal_(m.delta)
+    nn.init.normal_(net.head.weight, std=.2)
+    s = Sampling(net.patch_embed.num_frames, size=net.patch_embed.img_size[0])
+    with tempfile.TemporaryDirectory() as tmp, torch.inference_mode():
+        out = Path(tmp)/'out'
+        df = export_student(net, out, sampling=s, vocab=[f'class {i}' for i in range(net.num_classes)])
+        forms = dict(safetensors=load_classifier(out).net.eval(), pt2=torch.export.load(out/'student.pt2').module(), onnx=load_onnx(out/'student.onnx').net, int8=load_onnx(out/'student-int8.onnx').net)
+        x = torch.randn(1, 3, s.frames, s.size, s.size)
+        times = compare({k: partial(f, x) for k,f in forms.items()}, repeats, memory=False).drop(columns=['mib','mib_ratio'])
+    return times.merge(df.drop(columns='file'), on='form')
 
 # %% ../nbs/41_bench.ipynb #d05d1f99
-BENCHES = dict(mhca=bench_mhca, student=bench_student, stages=bench_stages, data=bench_data, cache=bench_cache, engine=bench_engine)
+BENCHES = dict(mhca=bench_mhca, student=bench_student, stages=bench_stages, data=bench_data, cache=bench_cache, engine=bench_engine, export=bench_export)
 
 def _writable(path):
     "An OSError before the work rather than after it where a file cannot be written"
@@ -429,8 +477,8 @@ def bench(
     try: df = BENCHES[name](repeats=repeats, device=device)
     finally: torch.set_num_threads(before)
     df = df.assign(device=torch.cuda.get_device_name() if device == 'cuda' else platform.machine(), threads=threads or before, torch=torch.__version__, command=command)
-    df.round(5).to_csv(out, index=False)
-    if 'ratio' in df: (plot_bench if 'mib_ratio' in df else plot_data)(df); plt.savefig(Path(out).with_suffix('.png'), dpi=100, bbox_inches='tight'); plt.close()
+    df.to_csv(out, index=False, float_format='%.6g')
+    if 'what' in df and 'ratio' in df: (plot_bench if 'mib_ratio' in df else plot_data)(df); plt.savefig(Path(out).with_suffix('.png'), dpi=100, bbox_inches='tight'); plt.close()
     return df
 
 def plot_bench(

@@ -17,6 +17,7 @@ from . import __version__
 from .imports import *
 from .augment import VideoMixup
 from .distill import DistillModel, FpldHead
+from .distributed import from_all, rank_world
 from .teachers import _digest
 
 # %% ../nbs/24_cache.ipynb #2ce87475
@@ -270,15 +271,17 @@ class TeacherCache(Callback):
         if not off < .01: raise ValueError(f'{s.path} holds other answers than this teacher gives (probabilities differ by {off:.2g}), though weights and versions are the same: its code has changed. Delete that folder')
 
     def after_loss(self):
-        if self.training and self.store is not None: self.learn.distill.terms['cache_hits'] = float(self.hit)
+        if self.training and self.store is not None: self.learn.distill.terms['cache_hits'] = torch.tensor(float(self.hit), device=self.learn.loss.device)
 
     def after_train(self):
         "Count the epoch, here and beside the entries; a line where not all was as it should be"
         if self.store is None: return
-        stage,c,e = getattr(getattr(self.learn, 'two_stage', None), 'stage', None),self.count,self.store.epoch
+        stage,mine,e = getattr(getattr(self.learn, 'two_stage', None), 'stage', None),self.count,self.store.epoch
+        c = mine | {k: sum(o[k] for o in from_all(mine)) for k in ('hits','misses','unsaved')}                   # all have looked at the same files
         self.log.append(dict(epoch=self.epoch+1, stage=stage.name if stage else None, views_epoch=e, **{k: v for k,v in c.items() if k != 'kept'}))
-        self.store.note(e, c['hits'], c['misses'], c['damaged'], c['unsaved'])
         self.store.close()
+        if rank_world()[0]: return
+        self.store.note(e, c['hits'], c['misses'], c['damaged'], c['unsaved'])
         if c['damaged'] or c['unsaved'] or c['kept'] and c['misses']:
             print(f'teacher cache, epoch {self.epoch+1}: {c["hits"]} answers from disk, {c["misses"]} from the teacher; {c["kept"]} of these views\' epoch {e} were kept, '
                   f'{c["damaged"]} damaged, {c["unsaved"]} new ones not kept')

@@ -237,6 +237,12 @@ class VideoDataset:
         self._epoch,self._next_epoch = self._next_epoch,self._next_epoch+1
 
     def __len__(self): return len(self.items)
+    def size(self, i):
+        "Bytes of the file of video `i`"
+        return self.items[i].path.stat().st_size
+    def permute(self, idxs, rng):
+        "The order of an epoch"
+        return rng.permutation(idxs)
     @property
     def c(self):
         "How many classes"
@@ -335,7 +341,7 @@ class VideoDL(TfmdDL):
         if self.shuffle: self.dataset.start_epoch()
 
     def shuffle_fn(self, idxs):
-        with keyed_rng(self.dataset.seed, self.dataset.epoch, len(self.dataset)) as rng: return rng.permutation(idxs).tolist()
+        with keyed_rng(self.dataset.seed, self.dataset.epoch, len(self.dataset)) as rng: return self.dataset.permute(idxs, rng).tolist()
 
     def new(self, dataset=None, cls=None, **kwargs):
         "As fastai's; `bs` counts clips, and a loader that doesn't shuffle sees each video once"
@@ -369,6 +375,7 @@ class VideoDL(TfmdDL):
 class VideoDataLoaders(DataLoaders):
     "Training, validation and perhaps test clips of a table of videos"
     missing = {} # split → videos of the table that did not exist and were left out
+    dset_type,present = VideoDataset,staticmethod(drop_missing) # what `from_df` makes, and which rows it takes
     @property
     def test(self):
         "The third loader, for data with both validation and test clips; else None"
@@ -436,14 +443,14 @@ def from_df(cls:VideoDataLoaders,
     "Loaders of the clips in a table; ValueError and FileNotFoundError say what is wrong with it"
     every = split_table(tidy_table(df, path, path_col, label_col, split_col, group_col), valid_pct, seed)
     if skip is not None: every['train'] = skip_listed(every['train'], skip, path)
-    parts = drop_missing(every, max_missing)
+    parts = cls.present(every, max_missing)
     if vocab is None and isinstance(df[label_col].dtype, pd.CategoricalDtype): vocab = df[label_col].cat.categories.astype(str)
     names = class_map(parts, vocab)
     if bs < 1 or bs//max(repeats, 1) > len(parts['train']): raise ValueError(f"bs is {bs}, and there are {len(parts['train'])} training clips: a batch must not hold more videos than the training set")
     sampling = Sampling(frames, stride, size, mode, short_side)
     tfm = _training_tfm(augment, size, flip, flip_labels, names, **kwargs)
     if repeats > 1 and tfm is None: raise ValueError(f'repeats is {repeats}, and augment None: the views of a video would all be the same')
-    dsets = [VideoDataset(map(VideoItem, o.path, o.label, o.group), names, sampling, tfm if part=='train' else None, seed, backend, decode_timeout) for part,o in parts.items()]
+    dsets = [cls.dset_type(map(VideoItem, o.path, o.label, o.group), names, sampling, tfm if part=='train' else None, seed, backend, decode_timeout) for part,o in parts.items()]
     if num_workers is None: num_workers = 0 if cache is True else min(16, defaults.cpus)
     dls = cls.from_dsets(*dsets, path=path, bs=bs, device=device or default_device(), dl_type=VideoDL, num_workers=num_workers, repeats=(repeats,*[1]*(len(dsets)-1)), after_batch=ClipNormalize(mean, std))
     dls.missing = {k:len(every[k])-len(o) for k,o in parts.items()}

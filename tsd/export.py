@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .imports import *
 from .data import ClipNormalize, Sampling
-from .evaluate import Classifier, load_classifier, test_views
+from .evaluate import Classifier, _stat, load_classifier, save_preprocessor, test_views
 from .mhca import MHCA
 from .student import VideoViT
 from .teachers import _digest
@@ -67,8 +67,6 @@ def _extra(name):
     try: return import_module(name)
     except ImportError as e: raise ValueError(f"ONNX needs the package {name.split('.')[0]}, which is not installed: pip install 'tsd[export]', or leave onnx and int8 out of the formats") from e
 
-def _stat(t): return [float(str(v)) for v in t.flatten().numpy()]                 # .485 rather than .48500001430511475, and the same float32
-
 def _about(c): return dict(vocab=json.dumps(c.vocab, ensure_ascii=False), sampling=json.dumps(asdict(c.sampling)), norm=json.dumps([_stat(c.norm.mean), _stat(c.norm.std)]))
 
 # %% ../nbs/34_export.ipynb #930d7c18
@@ -99,12 +97,15 @@ def _quiet():
 
 # %% ../nbs/34_export.ipynb #73a282cf
 class OnnxNet(nn.Module):
-    "An ONNX file in onnxruntime as a network over clips"
+    "An ONNX file in onnxruntime as a network over clips, on as many threads as PyTorch's"
     def __init__(self, path):
         super().__init__()
         self.digest = nn.Parameter(torch.tensor(list(hashlib.sha256(Path(path).read_bytes()).digest()), dtype=torch.uint8), requires_grad=False)   # tells its results from those of other files
         ort = _extra('onnxruntime')
-        try: self.session = ort.InferenceSession(str(path), providers=['CPUExecutionProvider'])
+        opts = ort.SessionOptions()
+        opts.intra_op_num_threads = torch.get_num_threads()
+        opts.add_session_config_entry('session.set_denormal_as_zero', '1')           # see `tsd.mhca`; the first session of a process decides for all
+        try: self.session = ort.InferenceSession(str(path), opts, providers=['CPUExecutionProvider'])
         except Exception as e: raise ValueError(f'{path} is no ONNX file that onnxruntime can run ({str(e).splitlines()[0]})') from e
         self.num_classes = self.session.get_outputs()[0].shape[1]
     def forward(self, x): return torch.from_numpy(self.session.run(None, {'clips': x.detach().cpu().numpy()})[0]).to(x.device)
@@ -191,7 +192,8 @@ def model_card(
         '## Use', '', '```', 'tsd predict clip.mp4 --model FOLDER', '```', '', '```python', 'from tsd.student import VideoViT', f"net = {type(m).__name__}.from_pretrained('FOLDER')   # clips (B,3,{s.frames},{s.size},{s.size}), normalised, to logits", 'net.vocab                                   # class names', '```', '',
         '## Training', '', *_recipe(run), '', '## Results', '', *_results(run, tests), '']
     if type(m) is not VideoViT: body = [o.replace('from tsd.student import', 'from tsd.teachers import').replace(' import VideoViT', f' import {type(m).__name__}') for o in body]
-    if forms is not None: body += ['## Files', '', _table(forms.assign(MiB=forms.MiB.round(2), difference=forms.difference.map('{:.1e}'.format))), '', '`difference`: the largest of the logits from those of the student, on clips of noise.', '']
+    if forms is not None: body += ['## Files', '', _table(forms.assign(MiB=forms.MiB.round(2), difference=forms.difference.map('{:.1e}'.format))), '', '`difference`: the largest of the logits from those of the student, on clips of noise.', '',
+        *['For onnxruntime on a CPU: `SessionOptions().add_session_config_entry("session.set_denormal_as_zero", "1")`; the attention is several times slower without.', '']*any(f.endswith('.onnx') for f in forms.file)]
     body += ['## Licence', '', _licence.format(f'The weights are under {license}' if license else 'No licence was chosen for the weights')]
     return ModelCard(f'---\n{meta.to_yaml()}\n---\n\n' + '\n'.join(body) + '\n')
 
@@ -218,7 +220,7 @@ def _forms(c, folder, formats, opset):
 @torch.no_grad()
 def _compare(net, form, exact, clips):
     "The largest difference of logits; ValueError where it is more than rounding"
-    d = max((form(x) - net(x)).abs().max().item()/max(1., net(x).abs().max().item()) for x in clips)
+    d = max((form(x) - z).abs().max().item()/max(1., z.abs().max().item()) for x in clips for z in [net(x)])
     if exact and not d < 1e-4: raise ValueError(f'the {exact} form differs from the student by {d:.1e} of its logits: this machine or these packages cannot export it')
     return d
 
@@ -266,7 +268,7 @@ def _write_all(c, folder, formats, items, views, opset):
     "All files but the card, and their table"
     s = c.sampling
     if (s.frames, s.size) != (c.net.patch_embed.num_frames, c.net.patch_embed.img_size[0]): raise ValueError(f'the sampling gives {s.frames} frames of {s.size} pixels, and the student was built for {c.net.patch_embed.num_frames} of {c.net.patch_embed.img_size[0]}')
-    (folder/'preprocessor_config.json').write_text(json.dumps(dict(sampling=asdict(s), image_mean=_stat(c.norm.mean), image_std=_stat(c.norm.std)), indent=1))
+    save_preprocessor(folder, s, c.norm)
     noise,rows,bad = torch.randn(4, 3, s.frames, s.size, s.size, generator=torch.Generator().manual_seed(0)),[],[]
     for name,(file,net) in _forms(c, folder, formats, opset).items():
         rows.append(dict(form=name, file=file.name, MiB=file.stat().st_size/2**20, difference=_compare(c.net, net, name != 'int8' and name, noise.split([1,3]))))

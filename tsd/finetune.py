@@ -23,7 +23,7 @@ from .augment import VideoMixup
 from .checkpoints import infer_config, layout, load_checkpoint, load_student, read_checkpoint, remap
 from .learner import DataWait, RunHistory, adamw
 from .schedule import warmup_cosine
-from .student import VideoViT
+from .student import VideoViT, position_code
 from .teachers import VideoMAEViT
 
 # %% ../nbs/25_finetune.ipynb #a6dba353
@@ -37,18 +37,26 @@ def layer_groups(
 
 # %% ../nbs/25_finetune.ipynb #ed9b58ef
 _new = re.compile(r'(head|fc_norm)\.')                                         # what weights without a head may lack
+_deep = re.compile(r'blocks\.|norm_pre\.|\w+_token$')                          # what changes a trunk that goes without it
+
+def _of_other_clips(table, d):
+    "Whether a stored table (1,N,D) is that of `VideoViT`, for clips of another size"
+    n,sides = table.shape[-2],range(1, math.isqrt(table.shape[-2]) + 1)
+    return any(torch.allclose(table.reshape(n, d).float(), position_code(range(n//s**2), s, s, d), atol=1e-4) for s in sides if n % s**2 == 0)
 
 def _foreign(path, state, frames, size, kind, num_heads, verbose):
     try:
         kind = kind or layout(state)
         if kind == 'tsd': raise ValueError('weights of a student alone, which do not say how it was built: save it with save_student or save_pretrained')
-        shape = infer_config(remap(state, kind=kind), num_heads) | dict(img_size=size, num_frames=frames)
+        new = remap(state, kind=kind)
+        shape = infer_config(new, num_heads) | dict(img_size=size, num_frames=frames)
     except ValueError as e: raise ValueError(f'{path}: {e}') from e
     own = dict(mhca_blocks=0, class_token='cls_token' in state)
     model = VideoViT(**own, **shape) if kind in ('mvd','timm') else VideoMAEViT(**shape)
     report = load_checkpoint(model, path, strict=False, kind=kind)
     if lost := [k for k in report.missing if not _new.match(k)]: raise ValueError(f'{path} is incomplete: {len(lost)} weights of the trunk are missing, such as {lost[0]}')
-    if not report.positions: warnings.warn(f'{path} was trained with other positions than the network adds: fine-tuning has to learn them')
+    if odd := [k for k in report.unexpected if _deep.match(k)]: raise ValueError(f'{path} is of another kind of network: {len(odd)} weights of its trunk have no place in ours, such as {odd[0]}')
+    if not (report.positions or kind == 'mvd' and _of_other_clips(new['pos_embed'], shape['embed_dim'])): warnings.warn(f'{path} was trained with other positions than the network adds: fine-tuning has to learn them')
     if verbose: print(report)
     model.vocab = report.vocab
     return model

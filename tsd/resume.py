@@ -110,7 +110,7 @@ def run_config(
     res = dict(epochs=learn.n_epoch, loss=_text(learn.loss_func), label_smoothing=getattr(getattr(learn.loss_func, 'func', None), 'label_smoothing', 0),
         model=dict(kind=type(core).__name__, **getattr(core, 'config', {}), layers=_short(_text(core), [(k, tuple(v.shape)) for k,v in core.state_dict().items()])),
         data=dict(clips=len(ds), fingerprint=_short([(os.path.relpath(o.path, learn.dls.path), o.label) for o in ds.items], list(ds.vocab)), seed=ds.seed,
-            sampling=asdict(ds.sampling), augmentation=_text(ds.tfm), flips=flips, batch_size=dl.clips, processes=dl.share[1], drop_last=dl.drop_last, shuffle=dl.shuffle,
+            sampling=asdict(ds.sampling), augmentation=_text(ds.tfm), flips=flips, batch_size=dl.clips, processes=dl.share[1], drop_last=dl.drop_last, shuffle=dl.shuffle, window=getattr(ds, 'window', None),
             normalisation=[_plain(getattr(o, k).flatten().tolist()) for o in dl.after_batch.fs for k in ('mean', 'std') if hasattr(o, k)]),
         optimizer=dict(kind=type(getattr(learn.opt, 'opt', learn.opt)).__name__, groups=[{k: v for k,v in h.items() if k != 'foreach'} for h in learn.opt.hypers]),
         schedule={k: [f(p/20) for p in range(21)] for o in learn.cbs if isinstance(o, ParamScheduler) for k,f in o.scheds.items()},

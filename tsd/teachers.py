@@ -87,6 +87,7 @@ class Teacher(nn.Module):
         self.register_buffer('std', stat(std, 'std', (.229, .224, .225)))
         self.model,self.vocab,self.top1 = model.to(memory_format=torch.channels_last) if self.frame_wise else model,vocab,None
         self.file = None                                                          # that holds it, if `prepare_teacher` keeps it or `load_teacher` read it
+        self.sampling = None                                                      # of the clips it was fitted to, a dict, where that is known
         if memo and not self.frame_wise: raise ValueError('memo=True is for CNN teachers; a FrameTransformer remembers through its CNN')
         self.memo = Memo(self._map) if memo else None
         self.requires_grad_(False).eval()
@@ -188,7 +189,7 @@ def _rebuild(about, memo=False):
     elif kind in _vits: model = _vits[kind](**{**kw, 'num_classes': k})
     else: model = create_cnn(kind, k, False, **kw)
     teacher = Teacher(model, about['mean'], about['std'], about['vocab'], memo)
-    teacher.top1 = about['top1']
+    teacher.top1,teacher.sampling = about['top1'],about.get('sampling')
     return teacher
 
 def _digest(state):
@@ -205,7 +206,7 @@ def save_teacher(
     path):   # .safetensors file
     "Weights of `teacher` with all that is needed to build it again"
     path,state = Path(path),{k: v.detach().cpu().contiguous() for k,v in teacher.model.state_dict().items()}
-    about = json.dumps(_about(teacher) | dict(digest=_digest(state)))
+    about = json.dumps(_about(teacher) | dict(digest=_digest(state), sampling=teacher.sampling))
     part = path.with_name(f'{path.name}.{os.getpid()}.part')
     try:
         save_file(state, part, metadata={'tsd_teacher': about})
@@ -344,7 +345,7 @@ def fingerprint(
     "A hash of `teacher`, the clips of `dls` with their sampling and augmentation, and `settings`"
     ds,skip = dls.train_ds,f'{teacher.model.pretrained_cfg["classifier"]}.' if head_only else None
     state = {k: v for k,v in teacher.model.state_dict().items() if not (skip and k.startswith(skip))}
-    clips = [[(os.path.relpath(o.path, dls.path), o.path.stat().st_size, o.label) for o in part.items] for part in (ds, dls.valid_ds)]
+    clips = [[(os.path.relpath(o.path, dls.path), part.size(i), o.label) for i,o in enumerate(part.items)] for part in (ds, dls.valid_ds)]
     flips = [getattr(o, 'label_map', None) for o in getattr(ds.tfm, 'transforms', [ds.tfm])]      # which str(tfm) leaves out
     about = [_about(teacher), [m.memo is not None for m in teacher.modules() if isinstance(m, Teacher)], settings,
              clips, asdict(ds.sampling), str(ds.tfm), flips, ds.seed, ds._next_epoch, dls.train.bs, getattr(dls.train, 'repeats', 1), ds.backend]
@@ -374,7 +375,7 @@ def prepare_teacher(
     if epochs < 1: raise ValueError(f'epochs = {epochs}: a teacher is prepared in one or more passes over the clips')
     trainable,known = {n: p for n,p in model.named_parameters() if p.requires_grad},False
     teacher = Teacher(model, mean, std, list(dls.vocab), memo)
-    head_only = teacher.frame_wise and frozen
+    teacher.sampling,head_only = asdict(dls.train_ds.sampling),teacher.frame_wise and frozen
     if not (head_only or trainable): raise ValueError(f'every weight of this {type(model).__name__} is frozen: call requires_grad_(True) on what is to be trained')
     if store is not None:
         key = fingerprint(teacher, dls, head_only, frozen=frozen, epochs=epochs, lr=lr, l2=l2, frame_stride=frame_stride, trainable=[] if head_only else [*trainable])

@@ -7,10 +7,10 @@ __all__ = ['SOURCES', 'DataConfig', 'StudentConfig', 'TeacherConfig', 'StagesCon
            'CacheConfig', 'LogConfig', 'Config', 'recipes', 'read_config', 'write_config', 'check_config', 'needs',
            'make_loaders', 'make_teachers', 'make_student', 'step_cost', 'make_stages', 'plan', 'show_plan', 'Progress',
            'log_callbacks', 'data_fingerprint', 'open_run', 'note_run', 'distill_student', 'finetune_student',
-           'run_figures', 'run_recipe']
+           'run_figures', 'test_student', 'run_recipe']
 
 # %% ../nbs/27_train.ipynb #a537146b
-import contextlib, difflib, hashlib, inspect, json, re, time, tomllib
+import contextlib, difflib, hashlib, inspect, io, json, re, time, tomllib
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from importlib import import_module
@@ -20,6 +20,7 @@ import matplotlib.pyplot as plt
 import timm
 from fastai.callback.core import Callback
 from fastai.torch_core import set_seed
+from fastcore.all import num_cpus
 from fastcore.imports import IN_NOTEBOOK
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -31,14 +32,15 @@ from .cache import TeacherCache, Views, cache_bytes
 from .checkpoints import load_student, save_student
 from .data import Sampling, VideoDataLoaders
 from .distill import DistillModel, stage_loss
-from .distributed import launched
-from .evaluate import test_views
+from .distributed import Distributed, from_main, in_turn, launched, rank_world, start_processes
+from .evaluate import _stat, save_preprocessor, test_views
 from .experiments import versions
 from .finetune import finetune_learner, pretrained_student
 from .learner import RunHistory, create_student, two_stage_learner
 from .plots import plot_history
 from .resume import ExactResume
 from .schedule import Stage
+import tsd.shards # VideoDataLoaders.from_shards
 from .student import VideoViT, fold_frames
 from .teachers import FrameTransformer, Teacher, VideoMAEViT, check_cnn, load_teacher, prepare_teacher
 from .tinyclips import CLASSES, make_tinyclips
@@ -48,7 +50,7 @@ from .training import EMA, Accumulate, FiniteLoss, Precision
 @dataclass
 class DataConfig:
     "[data]: the clips of both stages; [finetune.data] says what differs in fine-tuning and testing"
-    source:str='csv'              # VideoDataLoaders.from_…: csv, folder, lists, kinetics, ssv2, ucf101, hmdb51; or tinyclips, which are generated
+    source:str='csv'              # VideoDataLoaders.from_…: csv, folder, lists, kinetics, ssv2, ucf101, hmdb51, shards; or tinyclips, which are generated
     root:str|None=None            # its first argument: a file, or the folder of the videos; may name environment variables
     frames:int=16                 # T, frames in a clip
     stride:int=4                  # video frames from one clip frame to the next (dense)
@@ -58,7 +60,7 @@ class DataConfig:
     flip:bool|None=None           # mirror clips; none: as `augment` has it
     repeats:int=1                 # views of a video in a batch
     cache:bool=False              # decode every video once and keep its frames
-    num_workers:int|None=None     # processes that decode; none: one a core
+    num_workers:int|None=None     # processes that decode; none: one a core, shared by the processes of a machine
     options:dict=field(default_factory=dict) # further arguments of from_…, or of make_tinyclips
 
 # %% ../nbs/27_train.ipynb #f1fd58ac
@@ -91,7 +93,7 @@ class StagesConfig:
     distill:str|None='fad'        # feature term of stage 1: 'fad', 'fpld' or none
     stage1_epochs:int=100         # 0 leaves stage 1 out
     stage2_epochs:int=300         # 0 leaves stage 2 out
-    bs:int=8                      # clips in a batch
+    bs:int=8                      # clips in a batch, of all processes together
     accumulate:int=1              # batches in a step of the optimizer
     lr:float=1.5e-4               # highest learning rate
     warmup_epochs:float=40        # epochs in which it rises, of those of both stages
@@ -117,7 +119,7 @@ class StagesConfig:
 class FinetuneConfig:
     "[finetune]: the supervised end"
     epochs:int=150                # 0 leaves it out
-    bs:int=8                      # clips in a batch
+    bs:int=8                      # clips in a batch, of all processes together
     accumulate:int=1              # batches in a step of the optimizer
     lr:float=1e-3                 # highest learning rate, of the head
     warmup_epochs:float=5
@@ -359,9 +361,13 @@ def make_loaders(
     out='runs', # folder for generated clips
     key='data'):# section, for messages
     "The `VideoDataLoaders` of a section"
-    more = {k: v for k,v in (('flip', d.flip), ('num_workers', d.num_workers), ('repeats', d.repeats if d.repeats > 1 else None)) if v is not None}
+    workers,n = d.num_workers,int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    if workers is None and n > 1 and not d.cache: workers = max(1, min(16, num_cpus()//n))
+    more = {k: v for k,v in (('flip', d.flip), ('num_workers', workers), ('repeats', d.repeats if d.repeats > 1 else None)) if v is not None}
     kw = dict(frames=d.frames, stride=d.stride, size=d.size, mode=d.mode, augment=d.augment, cache=d.cache, bs=bs, seed=seed) | more
-    if d.source == 'tinyclips': return VideoDataLoaders.from_csv(make_tinyclips(Path(_path(d.root, f'{key}.root') if d.root else Path(out)/f'clips_{d.options.get("kind", "scene")}'), **d.options), **kw)
+    if d.source == 'tinyclips':
+        root = Path(_path(d.root, f'{key}.root') if d.root else Path(out)/f'clips_{d.options.get("kind", "scene")}')
+        return VideoDataLoaders.from_csv(in_turn(lambda: make_tinyclips(root, **d.options)), **kw)
     return _maker(d.source)(_path(d.root, f'{key}.root'), **kw | d.options)
 
 def make_teachers(
@@ -538,7 +544,7 @@ class Progress(Callback):
         "Means of the epoch so far"
         h,now = self.run_history,time.perf_counter()
         losses = {k: v/h.n for k,v in h.sums.items()}
-        rate = h.n*self.dls.train.bs*getattr(self.dls.train, 'repeats', 1)/(now - h.start)
+        rate = h.n*self.dls.train.clips/(now - h.start)
         return [*(f'{k} {v:.4g}' for k,v in losses.items()), f'{rate:.3g} clips/s', f'{self.data_wait.seconds/(now - h.start):.0%} waiting for data']
 
     def after_batch(self):
@@ -604,7 +610,7 @@ def data_fingerprint(
     "Which clips a run sees"
     res = {}
     for k,dl in zip(('train','valid','test'), dls.loaders):
-        rows = '\n'.join(f'{os.path.relpath(o.path, dls.path)} {o.path.stat().st_size} {o.label}' for o in dl.dataset.items)
+        rows = '\n'.join(f'{os.path.relpath(o.path, dls.path)} {dl.dataset.size(i)} {o.label}' for i,o in enumerate(dl.dataset.items))
         res[k] = dict(clips=len(dl.dataset.items), hash=hashlib.blake2b(rows.encode(), digest_size=8).hexdigest())
     return res
 
@@ -643,12 +649,14 @@ def note_run(
         for split in ('train','valid','test'):
             a,b = was.get('data', {}).get(k, {}).get(split),o.get(split)
             if k in was.get('data', {}) and a != b: raise ValueError(f'{k}: the {split} clips are not those that {folder} began with ({a and a["clips"]} then, {b and b["clips"]} now, or other files or classes): choose another name=…')
-    file.write_text(json.dumps(dict(command=command, **versions(), data=was.get('data', {}) | data), indent=1), encoding='utf-8')
+    file.write_text(json.dumps(dict(command=command, processes=rank_world()[1], **versions(), data=was.get('data', {}) | data), indent=1), encoding='utf-8')
 
 # %% ../nbs/27_train.ipynb #d58fdc36
 def _callbacks(cfg, s, folder, phase):
     "What `s`, a section of `cfg`, asks for besides the training itself"
-    cbs = [ExactResume(folder/'checkpoints'/phase, minutes=cfg.train.checkpoint_minutes), FiniteLoss(), Progress(cfg.log.every), *log_callbacks(cfg, folder, phase)]
+    cbs = [ExactResume(folder/'checkpoints'/phase, minutes=cfg.train.checkpoint_minutes), FiniteLoss()]
+    if launched(): cbs.append(Distributed())
+    if rank_world()[0] == 0: cbs += [Progress(cfg.log.every), *log_callbacks(cfg, folder, phase)]
     if s.precision != 'fp32': cbs.append(Precision(s.precision))
     if s.accumulate > 1: cbs.append(Accumulate(s.accumulate))
     if s.ema: cbs.append(EMA(s.ema))
@@ -660,10 +668,11 @@ def _save(student, folder, name, dls, **info):
     if type(student) is VideoViT:
         path = path.with_suffix('.safetensors')
         part = path.with_suffix('.part')
-        save_student(student, part, student.vocab, sampling=asdict(dls.valid_ds.sampling), **info)
+        save_student(student, part, student.vocab, sampling=asdict(dls.valid_ds.sampling), norm=dict(mean=_stat(dls.norm.mean), std=_stat(dls.norm.std)), **info)
     else:
         part = path.with_suffix('.part')
         student.save_pretrained(part)
+        save_preprocessor(part, dls.valid_ds.sampling, dls.norm)
     os.replace(part, path)
     return path
 
@@ -683,7 +692,7 @@ def distill_student(
     folder):# of the run
     "Both stages; the student"
     t,say = cfg.train,partial(print, flush=True)
-    say('teachers'); cnn,vit = make_teachers(cfg, dls, folder.parent/'teachers')
+    say('teachers'); cnn,vit = in_turn(lambda: make_teachers(cfg, dls, folder.parent/'teachers'))
     set_seed(cfg.seed); dls.train_ds.epoch = 0
     student = make_student(cfg, dls)
     learn = two_stage_learner(dls, student, cnn, vit, distill=None, wd=t.wd, betas=t.betas)
@@ -712,46 +721,70 @@ def run_figures(
         plot_history(df)
         plt.savefig(folder/name, dpi=100, bbox_inches='tight'); plt.close()
 
+# %% ../nbs/27_train.ipynb #fb37fb37
+def test_student(
+    cfg,        # `Config`
+    student,    # to be tested
+    dls,        # its test clips are, or its validation clips where there are no others
+    folder,     # of the run
+    command=''):# that is recorded
+    "Test `student` over several views: predictions.csv, from which a test that was stopped goes on, and results.csv"
+    test,ds,split = cfg.test,(dls.test or dls.valid).dataset,'test' if dls.test else 'valid'
+    res = test_views(student.to(dls.device), ds.items, test.clips, test.crops, ds.sampling, list(ds.vocab), dls.norm, progress=sys.stderr.isatty(), cache=ds.cache, out=folder/'predictions.csv')
+    def write():
+        part = folder/'results.csv.part'
+        pd.DataFrame([dict(model=cfg.name, top1=res['top1'], top5=res['top5'], n=res['evaluated'], expected=res['expected'], split=split, clips=test.clips, crops=test.crops, seed=cfg.seed, command=command)]).to_csv(part, index=False)
+        os.replace(part, folder/'results.csv')
+    from_main(write)
+test_student.__test__ = False # not a test of pytest's
+
+# %% ../nbs/27_train.ipynb #95f4ba83
+def _join(cfg):
+    "Join the processes of torchrun or accelerate launch, if one of them has started this one. ValueError where they cannot share the batches"
+    if launched(): start_processes()
+    elif {'ACCELERATE_MIXED_PRECISION', 'MASTER_PORT'} <= os.environ.keys():
+        raise ValueError('accelerate launch --cpu starts one process (several by MPI only): use accelerate launch --multi_gpu --num_processes N, also without GPUs, or torchrun --nproc_per_node N')
+    world,t,f = rank_world()[1],cfg.train,cfg.finetune
+    for key,bs,views,epochs in (('train.bs', t.bs, cfg.data.repeats, t.stage1_epochs + t.stage2_epochs), ('finetune.bs', f.bs, cfg.finetune_data.repeats, f.epochs)):
+        if world > 1 and epochs and bs % (world*views): raise ValueError(f'{key} = {bs}, for {world} processes together: it must be a multiple of {world*views}' + f', {views} views of a video for each'*(views > 1))
+
 def run_recipe(
     cfg,           # `Config`, of `read_config`
     out='runs',    # folder of runs; this one is `out`/`cfg.name`
     resume=False,  # go on with a run that was stopped
     command='',    # that is recorded
 )->Path: # of the run folder
-    "The whole chain: teachers, both stages, fine-tuning, multi-view test. What is done already is not done again"
-    if launched(): raise ValueError('tsd train and tsd finetune run in one process: for several write a script with the callback Distributed, as tutorials/cluster shows')
+    "The whole chain: teachers, both stages, fine-tuning, multi-view test. What is done already is not done again. Processes that torchrun or accelerate launch started share it"
+    _join(cfg)
     for name in ('tensorboard','wandb'):
         if getattr(cfg.log, name): _package(name)
-    folder,say = open_run(cfg, out, resume),partial(print, flush=True)
-    t,f,test,dls = cfg.train,cfg.finetune,cfg.test,{}
+    with contextlib.redirect_stdout(sys.stdout if rank_world()[0] == 0 else io.StringIO()): return _run(cfg, out, resume, command)
+
+# %% ../nbs/27_train.ipynb #cd2b1f5d
+def _run(cfg, out, resume, command):
+    folder,say = from_main(lambda: open_run(cfg, out, resume)),partial(print, flush=True)
+    t,f,dls = cfg.train,cfg.finetune,{}
     def clips(key, d, bs):
-        if key not in dls: dls[key] = make_loaders(d, bs, cfg.seed, out, key); note_run(folder, dls, command)
+        if key not in dls: dls[key] = make_loaders(d, bs, cfg.seed, out, key); from_main(lambda: note_run(folder, dls, command))
         return dls[key]
     stages = t.stage1_epochs + t.stage2_epochs
     def data(): return clips('data', cfg.data, t.bs)
     def fine(): return clips('finetune.data', cfg.finetune_data, f.bs) if f.epochs or not stages else data()
-    student = _saved(folder, 'student')
+    def saved(name): return from_main(lambda: _saved(folder, name))
+    def save(student, name, dls):
+        say(f'{name.removesuffix("student")} student in {from_main(lambda: _save(student, folder, name, dls))}'.strip())
+        return saved(name)                                                              # as a run that goes on finds it
+    student = saved('student')
     if student is None:
-        student = _saved(folder, 'distilled')
-        if student is None and stages:
-            student = distill_student(cfg, data(), folder)
-            say(f'distilled student in {_save(student, folder, "distilled", data())}')
-            student = _saved(folder, 'distilled')                                       # as a run that goes on finds it
-        if student is None: student = make_student(cfg, fine())
+        student = saved('distilled')
+        if student is None and stages: student = save(distill_student(cfg, data(), folder), 'distilled', data())
+        if student is None: set_seed(cfg.seed); student = make_student(cfg, fine())
         if f.epochs: student = finetune_student(cfg, student, fine(), folder)
-        say(f'student in {_save(student, folder, "student", fine())}')
-        student = _saved(folder, 'student')
-    run_figures(folder)
-    if test.clips and not (folder/'results.csv').is_file():
-        d = fine()
-        ds,k = (d.test or d.valid).dataset,'test' if d.test else 'valid'
-        res = test_views(student.to(d.device), ds.items, test.clips, test.crops, ds.sampling, list(ds.vocab), d.norm, progress=sys.stderr.isatty(), cache=ds.cache)
-        res['table'].to_csv(folder/'predictions.csv', index=False)
-        part = folder/'results.csv.part'
-        pd.DataFrame([dict(model=cfg.name, top1=res['top1'], top5=res['top5'], n=res['evaluated'], expected=res['expected'], split=k, clips=test.clips, crops=test.crops, seed=cfg.seed, command=command)]).to_csv(part, index=False)
-        os.replace(part, folder/'results.csv')
-    if (folder/'results.csv').is_file():
-        r = pd.read_csv(folder/'results.csv').iloc[-1]
-        say(f'top-1 {r.top1:.1%}, top-5 {r.top5:.1%} of {r.n} videos, {r.clips} clips x {r.crops} crops')
+        student = save(student, 'student', fine())
+    from_main(lambda: run_figures(folder))
+    if cfg.test.clips and not from_main((folder/'results.csv').is_file): test_student(cfg, student, fine(), folder, command)
+    def results():
+        if (folder/'results.csv').is_file(): r = pd.read_csv(folder/'results.csv').iloc[-1]; say(f'top-1 {r.top1:.1%}, top-5 {r.top5:.1%} of {r.n} videos, {r.clips} clips x {r.crops} crops')
+    from_main(results)
     say(f'done: {folder}')
     return folder
