@@ -13,6 +13,7 @@ from accelerate import PartialState
 from fastai.callback.core import Callback
 from fastai.callback.progress import CSVLogger
 from fastai.callback.tracker import SaveModelCallback
+from fastai.callback.training import GradientClip
 from fastai.data.transforms import CategoryMap
 from fastai.metrics import F1Score, accuracy
 from fastai.torch_core import set_seed
@@ -24,7 +25,7 @@ from tsd.finetune import finetune_learner
 from tsd.learner import two_stage_learner
 from tsd.resume import ExactResume, random_states
 from tsd.teachers import Teacher, VideoMAEViT
-from tsd.training import EMA, Accumulate, FiniteLoss
+from tsd.training import EMA, Accumulate, FiniteLoss, Precision
 
 TINY = dict(patch_size=8, embed_dim=48, num_heads=3)
 
@@ -119,6 +120,14 @@ def main(out):
     case('no workers', ns=(0,), epochs=(1,0))
     case('workers', ns=(2,), epochs=(1,0), loaders_kw=dict(num_workers=1))
     case('tuned', kind='finetune', epochs=(2,), loaders_kw=dict(bs=8, repeats=2), cbs=lambda: [EMA(.5), Accumulate(2), FiniteLoss()])
+    case('clipped', cbs=lambda: [GradientClip(.05), EMA(.5)], epochs=(1,1))
+    case('sharded fad', ns=(2,), fsdp=True)
+    case('sharded fpld', ns=(2,), fsdp=True, distill='fpld', epochs=(1,1))
+    case('sharded tuned', ns=(2,), fsdp=True, kind='finetune', epochs=(2,), loaders_kw=dict(bs=8, repeats=2), cbs=lambda: [EMA(.5), Accumulate(2), FiniteLoss()])
+    case('sharded clipped', ns=(2,), fsdp=True, cbs=lambda: [GradientClip(.05), EMA(.5)], epochs=(1,1))
+    case('bf16', ns=(2,), cbs=lambda: [Precision('bf16')], epochs=(1,1))
+    case('sharded bf16', ns=(2,), fsdp=True, cbs=lambda: [Precision('bf16')], epochs=(1,1))
+    for what,cbs in (('fp16', lambda: [Precision('fp16')]), ('best', lambda: [SaveModelCallback()])): case(f'sharded {what}', ns=(2,), fsdp=True, cbs=cbs, epochs=(1,0))
     case('one bad', epochs=(2,0), cbs=lambda: [FiniteLoss(skip=1), Bad(1, 1)], ns=(2,))
     case('too bad', epochs=(2,0), cbs=lambda: [FiniteLoss(), Bad(1, 1)], ns=(2,))
     case('files', epochs=(1,0), cbs=lambda: [CSVLogger(out/'files2'/'log.csv'), SaveModelCallback(fname=str(out/'files2'/'best'))], ns=(2,))
@@ -130,6 +139,14 @@ def main(out):
         first = fork(lambda d: train(d, cbs=lambda: [Stop(rank, at, sig)], **again), d, 2)()
         first['seconds'] = time.time() - t
         res[name] = dict(first=first, then=fork(lambda d: train(d, **again), d, 2)())
+    case('sharded whole', ns=(2,), fsdp=True, **again)
+    for name,rank,at,sig in ('sharded killed',1,3,signal.SIGKILL),('sharded told',0,5,signal.SIGTERM):
+        d = out/name
+        first = fork(lambda d: train(d, cbs=lambda: [Stop(rank, at, sig)], fsdp=True, **again), d, 2)()
+        res[name] = dict(first=first, then=fork(lambda d: train(d, fsdp=True, **again), d, 2)())
+    plain = dict(drop_path=0., states='states')
+    fork(lambda d: train(d, cbs=lambda: [Stop(1, 5, signal.SIGKILL)], fsdp=True, **plain), out/'elastic', 2)()
+    res['elastic'] = fork(lambda d: train(d, elastic=True, **plain), out/'elastic', 0)()
     res['fewer'] = fork(lambda d: train(d, **again), out/'killed', 0)()
     t = time.time()
     def late(d):

@@ -16,7 +16,7 @@ def results(tmp_path_factory):
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((out/'results.json').read_text())
 
-@pytest.mark.parametrize('name, n', [('fad', 1), ('fad', 2), ('fad', 4), ('fpld', 2), ('feature alone', 2), ('tuned', 2)])
+@pytest.mark.parametrize('name, n', [('fad', 1), ('fad', 2), ('fad', 4), ('fpld', 2), ('feature alone', 2), ('tuned', 2), ('clipped', 2)])
 def test_losses_metrics_and_weights_of_one_process(results, name, n):
     one, = results[f'{name} 0']['res']
     for o in results[f'{name} {n}']['res']:
@@ -26,6 +26,22 @@ def test_losses_metrics_and_weights_of_one_process(results, name, n):
         assert o['losses'] == pytest.approx(one['losses'], rel=1e-5)
         assert o['weights'] == pytest.approx(one['weights'], rel=1e-4, abs=1e-4)
         assert o['bits'] == results[f'{name} {n}']['res'][0]['bits']
+
+@pytest.mark.parametrize('name', ['fad', 'fpld', 'tuned', 'clipped'])
+def test_a_student_in_shards_learns_as_a_whole_one(results, name):
+    one,(a,b) = results[f'{name} 0']['res'][0],results[f'sharded {name} 2']['res']
+    for o in (a,b):
+        assert o['history'] == pytest.approx(one['history'], rel=1e-5, abs=1e-6) and o['losses'] == pytest.approx(one['losses'], rel=1e-5)
+        assert o['weights'] == pytest.approx(one['weights'], rel=1e-4, abs=1e-4) and o['bits'] == a['bits']    # whole again, in every process
+
+def test_shards_in_bf16(results):
+    a,b = (results[f'{k} 2']['res'][0] for k in ('bf16', 'sharded bf16'))
+    assert a['losses'] == pytest.approx(b['losses'], rel=.02) and a['losses'] != pytest.approx(results['fad 0']['res'][0]['losses'][:len(a['losses'])], rel=1e-6)
+
+@pytest.mark.parametrize('what, said', [('fp16', "use Precision('bf16'), or float32"), ('best', 'use ExactResume for checkpoints')])
+def test_what_shards_refuse(results, what, said):
+    run = results[f'sharded {what} 2']
+    assert run['codes'] == [1, 1] and said in run['said'][0], run['said']
 
 def test_the_comparison_can_fail(results):
     a,b = (results[f'{k} 0']['res'][0] for k in ('fad', 'feature alone'))
@@ -72,6 +88,18 @@ def test_resumed_bit_for_bit(results, name, codes):
     for whole,o in zip(results['whole 2']['res'], run['then']['res']):
         assert {k: v for k,v in o.items() if k != 'seen'} == {k: v for k,v in whole.items() if k != 'seen'}
         assert len(o['seen']) < len(whole['seen'])
+
+@pytest.mark.parametrize('name, codes', [('sharded killed', [1, KILLED]), ('sharded told', [TERMINATED]*2)])
+def test_shards_resumed_bit_for_bit(results, name, codes):
+    run = results[name]
+    assert run['first']['codes'] == codes and run['then']['codes'] == [0, 0] and run['then']['said'][0].count('going on from checkpoint') == 1, run
+    for whole,o in zip(results['sharded whole 2']['res'], run['then']['res']):
+        assert {k: v for k,v in o.items() if k != 'seen'} == {k: v for k,v in whole.items() if k != 'seen'}
+
+def test_one_process_goes_on_from_the_shards_of_two(results):
+    run,one = results['elastic'],results['fad 0']['res'][0]
+    assert run['codes'] == [0] and 'going on from checkpoint' in run['said'][0], run
+    assert run['res'][0]['weights'] == pytest.approx(one['weights'], rel=1e-4, abs=1e-4)
 
 def test_another_number_of_processes_is_another_run(results):
     assert results['fewer']['codes'] == [1] and 'data.processes: 2 there, 1 here' in results['fewer']['said'][0]
