@@ -48,6 +48,13 @@ def test_the_student_of_one_process(runs, results):
     assert a.path.str.split('/').str[-2:].tolist() == b.path.str.split('/').str[-2:].tolist()
     assert b.filter(like='p_').values == pytest.approx(a.filter(like='p_').values, abs=1e-4)
 
+def test_the_student_in_shards(runs, results):
+    assert results['shards']['codes'] == [0, 0], results['shards']['said']
+    assert history(runs/'shards'/'run').to_dict() == pytest.approx(history(runs/'one'/'run').to_dict(), rel=1e-5, abs=1e-6)
+    assert files(runs/'shards'/'run') == files(runs/'one'/'run')                                  # and they are whole
+    for k,v in weights(runs/'one'/'run').items(): torch.testing.assert_close(weights(runs/'shards'/'run')[k], v, rtol=1e-3, atol=1e-4)
+    assert results['no shards']['codes'] == [1] and 'train.fsdp = true shards the student over several processes' in results['no shards']['said'][0]
+
 def test_finetune_is_that_of_one_process(runs, results):
     assert results['tuned one']['codes'] == [0] and results['tuned two']['codes'] == [0, 0], results['tuned two']['said']
     one,two = (runs/n/'tuned' for n in ('one', 'two'))

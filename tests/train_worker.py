@@ -57,6 +57,8 @@ def main_(out):
     res = {}
     res['one'] = fork(tsd, out/'one', 0)()
     res['two'] = fork(tsd, out/'two', 2)()
+    res['shards'] = fork(lambda d: tsd(d, 'train.fsdp=true'), out/'shards', 2)()
+    res['no shards'] = fork(lambda d: tsd(d, 'train.fsdp=true', 'name=alone'), out/'one', 0)()
     res['killed'] = fork(lambda d: tsd(d, before=stop_training), out/'killed', 2)()
     (out/'tested').mkdir()
     for name in ('run', 'clips_scene'): shutil.copytree(out/'two'/name, out/'tested'/name)

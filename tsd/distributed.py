@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['launched', 'start_processes', 'rank_world', 'from_all', 'from_main', 'in_turn', 'any_of', 'average_grads',
-           'share_weights', 'Distributed', 'whole', 'like', 'plain', 'load_whole', 'open_shards', 'close_shards',
-           'Shards']
+           'share_weights', 'Distributed', 'gather_whole', 'shard_like', 'whole_net', 'load_whole', 'open_shards',
+           'close_shards', 'Shards']
 
 # %% ../nbs/28_distributed.ipynb #6d78e845
 import atexit
@@ -219,17 +219,17 @@ def after_validate(self:Distributed):
         for m in self.learn.recorder._valid_mets: _add_up(m)
 
 # %% ../nbs/28_distributed.ipynb #fa5d0002
-def whole(
+def gather_whole(
     o, # a tensor, or dicts and lists of them
 ):
     "`o` with each tensor that is in shards gathered, by all processes together: on the CPU of process 0, None in the others"
     if isinstance(o, DTensor):
         t = o.full_tensor()
         return None if rank_world()[0] else t.cpu()
-    if isinstance(o, dict): return {k: whole(v) for k,v in o.items()}
-    return type(o)(map(whole, o)) if isinstance(o, (list, tuple)) else o
+    if isinstance(o, dict): return {k: gather_whole(v) for k,v in o.items()}
+    return type(o)(map(gather_whole, o)) if isinstance(o, (list, tuple)) else o
 
-def like(
+def shard_like(
     t, # tensor that every process has whole
     p, # parameter of the same shape
 ):
@@ -237,7 +237,7 @@ def like(
     t = t.to(p.device)
     return distribute_tensor(t, p.device_mesh, p.placements, src_data_rank=None) if isinstance(p, DTensor) else t
 
-def plain(
+def whole_net(
     net, # a network
 ):
     "The network that `net` stands for in shards, or itself"
@@ -249,8 +249,7 @@ def load_whole(
 ):
     "What `net.load_state_dict(state)` does for a whole network"
     own = net.state_dict()
-    net.load_state_dict({k: like(v, own.get(k, v)) for k,v in state.items()})
-
+    net.load_state_dict({k: shard_like(v, own.get(k, v)) for k,v in state.items()})
 
 # %% ../nbs/28_distributed.ipynb #fa5d0003
 def open_shards(net):
@@ -295,7 +294,6 @@ class Shards:
         self.empty()
         return res.net
 
-
 # %% ../nbs/28_distributed.ipynb #fa5d0004
 def _exchange(opt, pairs, f):
     "Let `opt` step the second of each pair for the first; `f(v, second)` of each tensor of its state"
@@ -309,7 +307,7 @@ def shard(self:Distributed, o, name):
     "Shards for the network `o.name`, in its place and in the optimizer's"
     s = self.shards[o,name] = Shards(getattr(o, name), self.mesh, self.dtype)
     setattr(o, name, s.net)
-    _exchange(self.opt.opt, s.pairs, like)
+    _exchange(self.opt.opt, s.pairs, shard_like)
     for g in self.opt.opt.param_groups: g['foreach'] = True                              # torch's default for weights on a GPU, not for shards
 
 @patch
@@ -352,4 +350,3 @@ def check_fsdp(self:Distributed):
         if isinstance(cb, (SaveModelCallback, LRFinder)): raise ValueError(f'{type(cb).__name__} writes and reads the weights during the fit, which with fsdp=True are in shards: '
             + ('find the rate without fsdp' if isinstance(cb, LRFinder) else 'use ExactResume for checkpoints, and save the student after the fit'))
     if any(isinstance(m, FSDPModule) for m in self.model.modules()): raise ValueError('the student is in shards still, after a fit that ended with an error: make the Learner anew')
-

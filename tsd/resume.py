@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['list_states', 'write_state', 'read_state', 'random_states', 'set_random_states', 'run_config', 'config_differences',
-           'callback_states', 'set_callback_states', 'ExactResume', 'parts']
+           'callback_states', 'set_callback_states', 'ExactResume']
 
 # %% ../nbs/23_resume.ipynb #959c875b
 import errno, hashlib, io, json, re, signal, threading, time
@@ -18,7 +18,7 @@ from fastcore.all import L, patch
 
 from .imports import *
 from .data import VideoDL
-from .distributed import any_of, from_all, from_main, like, load_whole, plain, rank_world, whole
+from .distributed import any_of, from_all, from_main, gather_whole, load_whole, rank_world, shard_like, whole_net
 from .teachers import _digest
 
 # %% ../nbs/23_resume.ipynb #06970aed
@@ -105,7 +105,7 @@ def run_config(
 )->dict: # JSON's types
     "All that decides the result of a run, for comparison"
     dl,ds,two,cbs = learn.dls.train,learn.dls.train_ds,learn.__dict__.get('two_stage'),{type(o).__name__: o for o in learn.cbs}
-    core = plain(getattr(learn.model, 'student', learn.model))
+    core = whole_net(getattr(learn.model, 'student', learn.model))
     flips = [getattr(o, 'label_map', None) for o in getattr(ds.tfm, 'transforms', [ds.tfm])]   # which str leaves out
     res = dict(epochs=learn.n_epoch, loss=_text(learn.loss_func), label_smoothing=getattr(getattr(learn.loss_func, 'func', None), 'label_smoothing', 0),
         model=dict(kind=type(core).__name__, **getattr(core, 'config', {}), layers=_short(_text(core), [(k, tuple(v.shape)) for k,v in core.state_dict().items()])),
@@ -284,16 +284,16 @@ def save(self:ExactResume, chance=None):
     if self.written and self.place == self.here: return
     learn,(epoch,batch) = self.learn,self.here
     scaler = learn.__dict__.get('scaler')
-    state = whole(dict(config=self.about, epoch=epoch, batch=batch, data_epoch=self.dls.train_ds.epoch, train_iter=learn.train_iter, pct_train=learn.pct_train,
+    state = gather_whole(dict(config=self.about, epoch=epoch, batch=batch, data_epoch=self.dls.train_ds.epoch, train_iter=learn.train_iter, pct_train=learn.pct_train,
                  model=self.trained.state_dict(), opt=learn.opt.state_dict(), scaler=scaler and scaler.state_dict(), callbacks=callback_states(learn), random=from_all(chance or random_states())))
     self.mark(from_main(lambda: write_state(state, self.folder, epoch, batch)))
     if self.rank == 0:
         for old in list_states(self.folder)[self.keep:]: old.unlink()
 
-def parts(state, opt):
+def _opt_state(state, opt):
     "The whole `state` of a torch optimizer as `opt` holds it, in shards where its weights are"
     ps = [p for g in opt.param_groups for p in g['params']]
-    return state | dict(state={i: {k: like(v, ps[i]) if isinstance(v, Tensor) and v.shape == ps[i].shape else v for k,v in o.items()} for i,o in state['state'].items()})
+    return state | dict(state={i: {k: shard_like(v, ps[i]) if isinstance(v, Tensor) and v.shape == ps[i].shape else v for k,v in o.items()} for i,o in state['state'].items()})
 
 @patch
 def mark(self:ExactResume, path): self.written,self.place,self.step,self.clock = path,self.here,self.train_iter,time.monotonic()
@@ -304,7 +304,7 @@ def restore(self:ExactResume):
     s,self.found,learn = self.found,None,self.learn
     vars(self.dls.train).pop('get_idxs')
     load_whole(self.trained, s['model'])
-    learn.opt.load_state_dict(to_device(s['opt'], self.dls.device) if isinstance(learn.opt, Optimizer) else parts(s['opt'], learn.opt))
+    learn.opt.load_state_dict(to_device(s['opt'], self.dls.device) if isinstance(learn.opt, Optimizer) else _opt_state(s['opt'], learn.opt))
     if s['scaler']: learn.scaler.load_state_dict(s['scaler'])
     learn.train_iter,learn.pct_train,self.offset,self.here = s['train_iter'],s['pct_train'],s['batch'],(s['epoch'], s['batch'])
     set_callback_states(learn, s['callbacks'])

@@ -113,6 +113,7 @@ class StagesConfig:
     ema:float|None=None           # decay of an average of the weights (see `EMA`)
     views:int|None=None           # views of a clip, which then come round again; none: new ones in every epoch
     checkpoint_minutes:float=10.  # between two checkpoints
+    fsdp:bool=False               # the student in shards over the processes of torchrun, in fine-tuning too (see `Distributed`)
 
 # %% ../nbs/27_train.ipynb #8af1ca50
 @dataclass
@@ -319,6 +320,7 @@ def check_config(
     if not set(t.quarters) <= {1,2,3,4} or not t.quarters: raise ValueError(f'train.quarters = {list(t.quarters)} must be some of 1, 2, 3, 4; for none of them train.distill=none')
     for key,v in (('train.precision', t.precision), ('finetune.precision', f.precision)):
         if v not in ('fp32','bf16','fp16'): raise ValueError(f'{key} = {v!r} must be fp32, bf16 or fp16')
+    if t.fsdp and 'fp16' in (t.precision, f.precision): raise ValueError('train.fsdp = true does not go with precision = "fp16", whose loss is scaled: use bf16')
     if test.crops not in (1, 3): raise ValueError(f'test.crops = {test.crops} must be 1 or 3')
     if bool(f.mixup) != bool(f.cutmix): raise ValueError(f'finetune.mixup = {f.mixup} and finetune.cutmix = {f.cutmix}: give both, or 0 for both')
     one,two = needs(cfg)
@@ -655,7 +657,7 @@ def note_run(
 def _callbacks(cfg, s, folder, phase):
     "What `s`, a section of `cfg`, asks for besides the training itself"
     cbs = [ExactResume(folder/'checkpoints'/phase, minutes=cfg.train.checkpoint_minutes), FiniteLoss()]
-    if launched(): cbs.append(Distributed())
+    if launched(): cbs.append(Distributed(fsdp=cfg.train.fsdp))
     if rank_world()[0] == 0: cbs += [Progress(cfg.log.every), *log_callbacks(cfg, folder, phase)]
     if s.precision != 'fp32': cbs.append(Precision(s.precision))
     if s.accumulate > 1: cbs.append(Accumulate(s.accumulate))
@@ -745,6 +747,7 @@ def _join(cfg):
     elif {'ACCELERATE_MIXED_PRECISION', 'MASTER_PORT'} <= os.environ.keys():
         raise ValueError('accelerate launch --cpu starts one process (several by MPI only): use accelerate launch --multi_gpu --num_processes N, also without GPUs, or torchrun --nproc_per_node N')
     world,t,f = rank_world()[1],cfg.train,cfg.finetune
+    if t.fsdp and world == 1: raise ValueError('train.fsdp = true shards the student over several processes: start them with torchrun --nproc_per_node N -m tsd.cli train …, or train.fsdp=false')
     for key,bs,views,epochs in (('train.bs', t.bs, cfg.data.repeats, t.stage1_epochs + t.stage2_epochs), ('finetune.bs', f.bs, cfg.finetune_data.repeats, f.epochs)):
         if world > 1 and epochs and bs % (world*views): raise ValueError(f'{key} = {bs}, for {world} processes together: it must be a multiple of {world*views}' + f', {views} views of a video for each'*(views > 1))
 

@@ -15,7 +15,7 @@ from torch.amp import GradScaler
 
 from .imports import *
 from .data import VideoDL
-from .distributed import like, load_whole
+from .distributed import load_whole, shard_like
 
 # %% ../nbs/26_training.ipynb #f585a5ba
 class Precision(MixedPrecision):
@@ -71,7 +71,7 @@ class Accumulate(Callback):
     def state_dict(self):                                                  # of a group that is not complete
         return dict(grads=[None if p.grad is None else p.grad.clone() for p in self.params()])
     def load_state_dict(self, state):
-        for p,g in zip(self.params(), state['grads']): p.grad = None if g is None else like(g, p)
+        for p,g in zip(self.params(), state['grads']): p.grad = None if g is None else shard_like(g, p)
     def params(self): return [p for group in self.opt.param_lists for p in group]
 
 # %% ../nbs/26_training.ipynb #1975d68a
