@@ -195,6 +195,11 @@ def test_finetune_of_students_and_foreign_weights(tmp_path, tsd):
         video = next(Path('runs/clips_scene').rglob('*.mp4'))
         said = [json.loads(tsd('predict', video, '--model', m, '--json', '--clips', 1, '--crops', 1)[1])['predictions'] for m in (student, f'{name}-out')]
         assert said[0] == said[1]
+    # a head for as many classes of other names is kept or made anew, as one says
+    save_student(VideoViT(num_classes=10, **shape), tmp_path/'ten.safetensors', list('abcdefghij'))
+    code,out,err = tsd('finetune', 'tiny-fad', '--student', 'ten.safetensors', *small, 'name=ten')
+    assert code == 1 and 'student.reset_head=true on the command line' in err
+    assert tsd('finetune', 'tiny-fad', '--student', 'ten.safetensors', *small, 'name=ten2', 'student.reset_head=true')[0] == 0
     code,out,err = tsd('finetune', 'tiny-fad', '--student', 'absent.pth', *small)
     assert code == 1 and 'absent.pth' in err
 

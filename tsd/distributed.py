@@ -252,12 +252,15 @@ def load_whole(
     net.load_state_dict({k: shard_like(v, own.get(k, v)) for k,v in state.items()})
 
 # %% ../nbs/28_distributed.ipynb #fa5d0003
-def open_shards(net):
+def open_shards(
+    net): # of `Shards`
     "Gather the weights of `net` until `close_shards`: forward passes without any exchange"
     for m in net.modules():
         if isinstance(m, FSDPModule): m.unshard(); m.set_reshard_after_forward(False, recurse=False)
 
-def close_shards(net):
+def close_shards(
+    net): # of `Shards`
+    "Let each process keep its part alone again"
     for m in net.modules():
         if isinstance(m, FSDPModule): m.reshard(); m.set_reshard_after_forward(m is not net, recurse=False)
 

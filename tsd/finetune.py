@@ -125,7 +125,7 @@ def finetune_learner(
     if reset_head is None: reset_head = model.num_classes != dls.c
     if reset_head: model.reset_classifier(dls.c)
     if model.num_classes != dls.c: raise ValueError(f'the student has {model.num_classes or "no"} classes and the data {dls.c}: reset_head must be True')
-    check_classes(getattr(model, 'vocab', None), dls.vocab, 'the student', 'pass reset_head=True for a new head')
+    check_classes(getattr(model, 'vocab', None), dls.vocab, 'the student', 'pass reset_head=True for a new head, student.reset_head=true on the command line')
     model.vocab = list(dls.vocab)
     for blk,rate in zip(model.blocks, calculate_drop_path_rates(0. if frozen else drop_path, len(model.blocks))):
         blk.drop_path1,blk.drop_path2 = (DropPath(rate) if rate else nn.Identity() for _ in range(2))

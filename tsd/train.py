@@ -70,6 +70,7 @@ class StudentConfig:
     arch:str='tsd_vit_small_patch16_224' # timm name of a `VideoViT`
     file:str|None=None            # weights to start from: of `save_student`, or a file or folder of VideoMAE, MVD, Hugging Face or timm, which then says what the student is
     kind:str|None=None            # of `file`: 'mvd' for a fine-tuned MVD, whose names are VideoMAE's
+    reset_head:bool|None=None     # of `file`: a new head; none: where the number of classes differs
     mhca_blocks:int|None=None     # blocks with MHCA; none: two thirds with distill = "fad", else 0
     class_token:bool|None=None    # none: with distill = "fad"
     drop_path:float=0.            # stochastic depth in both stages
@@ -406,7 +407,7 @@ def make_student(
     s = cfg.student
     if s.file is None: return create_student(s.arch, dls, cfg.train.distill, **_student_options(cfg))
     student = pretrained_student(_path(s.file, 'student.file'), cfg.data.frames, cfg.data.size, s.kind, s.options.get('num_heads'))
-    if student.num_classes != dls.c: student.reset_classifier(dls.c)
+    if student.num_classes != dls.c if s.reset_head is None else s.reset_head: student.reset_classifier(dls.c)
     return student.train()
 
 # %% ../nbs/27_train.ipynb #8ac0f31a
