@@ -10,7 +10,7 @@ import tempfile, time
 import timm
 import matplotlib.pyplot as plt
 import seaborn as sns
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 from tqdm import tqdm
 
 from .imports import *
@@ -100,10 +100,12 @@ def plot_cost(
     if not len(known): raise ValueError('no model has an accuracy: give results of tsd test')
     if ax is None: _,ax = plt.subplots(figsize=(5,3), layout='constrained')
     ax.errorbar(known.gmacs, 100*known.top1, 100*np.nan_to_num(np.stack([known.top1 - known.low, known.high - known.top1])), fmt='none', ecolor='grey', lw=1)
-    sns.scatterplot(x=known.gmacs, y=100*known.top1, hue=known.model, size=known.millions, sizes=(30,220), ax=ax, legend=False)
-    for r in known.itertuples(): ax.annotate(f'{r.model}\n{r.millions:.3g} M, {r.clips_per_s:.3g} clips/s', (r.gmacs, 100*r.top1), (9,-4), textcoords='offset points', fontsize=7)
-    ax.set(xscale='log', xlabel='multiply-adds of a clip, 10⁹', ylabel='top-1, %'); ax.margins(x=.35, y=.25); sns.despine(ax=ax)
-    ax.xaxis.set_major_formatter(LogFormatter()); ax.xaxis.set_minor_formatter(LogFormatter())
+    name = [f'{r.model}: {r.millions:.3g} M, {r.clips_per_s:.3g} clips/s' for r in known.itertuples()]
+    sns.scatterplot(x=known.gmacs, y=100*known.top1, hue=name, size=known.millions, sizes=(30,220), ax=ax)
+    shown = dict(zip(*ax.get_legend_handles_labels()[::-1]))
+    ax.legend([shown[o] for o in name], name, frameon=False, fontsize=7, loc='lower left', bbox_to_anchor=(0,1))
+    ax.set(xscale='log', xlabel='multiply-adds of a clip, 10⁹', ylabel='top-1, %'); ax.margins(x=.2, y=.2); sns.despine(ax=ax)
+    ax.xaxis.set_major_locator(LogLocator(subs=(1,2,5))); ax.xaxis.set_major_formatter(lambda v, _: f'{v:g}'); ax.xaxis.set_minor_formatter(NullFormatter())
     return ax
 
 # %% ../nbs/35_cost.ipynb #fcb97693
