@@ -7,6 +7,11 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
+def noise_video(path, frames, height, width, seed=0):
+    "Encode a video of noise, the same for the same seed"
+    from tsd.video import encode
+    encode(path, torch.randint(256, (frames,height,width,3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)))
+
 @pytest.fixture(scope='session')
 def shared():
     "The folder of real clips and weights ($TSD_SHARED); the test is skipped where there is none"

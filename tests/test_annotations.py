@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from torch import nn
 
+from conftest import noise_video
 from tsd.annotations import check_classes, folder_table, hmdb51_table, kinetics_table, read_classes, ssv2_table, ucf101_table
 from tsd.data import VideoDataLoaders
 from tsd.video import encode
@@ -22,7 +22,7 @@ KINETICS = 'label,youtube_id,time_start,time_end,split,is_cc\n'
 def clip(tmp_path_factory):
     "One tiny video, H.264 in .mp4; copies of it stand for those of a data set"
     path = tmp_path_factory.mktemp('one')/'clip.mp4'
-    encode(path, torch.randint(256, (6,40,48,3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)))
+    noise_video(path, 6, 40, 48)
     return path
 
 @pytest.fixture

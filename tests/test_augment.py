@@ -10,13 +10,13 @@ from fastai.learner import Learner
 from torch import nn
 from torchvision.transforms import v2
 
+from conftest import noise_video
 from tsd.augment import *
 from tsd.data import Sampling, VideoDataLoaders
 from tsd.distill import Distill, DistillModel
 from tsd.evaluate import test_views as run_test, video_views
 from tsd.student import VideoViT
 from tsd.teachers import Teacher, fingerprint
-from tsd.video import encode
 
 SMALL = dict(frames=4, stride=2, size=32, bs=4, num_workers=0)
 
@@ -24,7 +24,7 @@ SMALL = dict(frames=4, stride=2, size=32, bs=4, num_workers=0)
 def clips(tmp_path_factory):
     "14 clips of noise in two classes, 8 of them for training: a folder and its table"
     root = tmp_path_factory.mktemp('clips')
-    for i in range(14): encode(root/f'{i}.mp4', torch.randint(256, (20+i,40,56,3), dtype=torch.uint8, generator=torch.Generator().manual_seed(i)))
+    for i in range(14): noise_video(root/f'{i}.mp4', 20+i, 40, 56, i)
     return root, pd.DataFrame(dict(path=[f'{i}.mp4' for i in range(14)], label=['go','stay']*7, split=['train']*8 + ['test']*6))
 
 def loaders(clips, **kwargs): return VideoDataLoaders.from_df(clips[1], clips[0], **{**SMALL, **kwargs})

@@ -11,6 +11,7 @@ from fastai.callback.schedule import Learner            # with lr_find
 from fastai.learner import load_learner
 from torch import nn
 
+from conftest import noise_video
 from tsd.augment import VideoMixup, train_transforms
 from tsd.data import ClipNormalize, VideoClip, VideoDataLoaders, VideoItem
 from tsd.video import VideoError, encode
@@ -25,7 +26,7 @@ def clips(tmp_path_factory):
     for i in range(18):
         name = f'{"abc"[i%3]}/clip {i:02}.mp4'
         (root/name).parent.mkdir(exist_ok=True)
-        encode(root/name, torch.randint(256, (20+i,40,56,3), dtype=torch.uint8, generator=torch.Generator().manual_seed(i)))
+        noise_video(root/name, 20+i, 40, 56, i)
         rows.append((name, f'class {"abc"[i%3]}', 'train' if i < 12 else 'test'))
     df = pd.DataFrame(rows, columns=['path','label','split'])
     df.to_csv(root/'clips.csv', index=False)
@@ -47,6 +48,15 @@ def test_workers_change_nothing(clips, augment):
     assert same(a[0], b[0]) and same(a[1], b[1])
     assert not same(a[0], a[1])
     assert not same(a[0], epochs(loaders(clips, augment=augment, seed=4), 1)[0])
+
+def test_processes_of_a_machine_share_its_cores(clips, monkeypatch):
+    from fastcore.all import defaults
+    monkeypatch.setattr(defaults, 'cpus', 12)
+    for n,workers in ((None, 12), ('4', 3), ('64', 1)):
+        if n: monkeypatch.setenv('LOCAL_WORLD_SIZE', n)
+        else: monkeypatch.delenv('LOCAL_WORLD_SIZE', raising=False)
+        assert loaders(clips, num_workers=None).train.fake_l.num_workers == workers
+        assert loaders(clips, num_workers=None, cache=True).train.fake_l.num_workers == 0 and loaders(clips, num_workers=5).train.fake_l.num_workers == 5
 
 def test_an_epoch_can_be_set(clips):
     dls = loaders(clips)

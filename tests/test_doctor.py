@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from conftest import noise_video
 from tsd import doctor as doc
 from tsd.data import ClipNormalize, VideoDataLoaders
 from tsd.doctor import doctor, prepare_data, psnr, reencode, watched
@@ -210,7 +211,7 @@ def _read(path):
     except OSError: return b''
 
 def test_a_full_disk_stops_it_and_it_goes_on(clips, tiny_disk, tmp_path):
-    for i in range(8): encode(clips.parent/f'{i}.mp4', torch.randint(256, (20,64,64,3), dtype=torch.uint8, generator=torch.Generator().manual_seed(i)))
+    for i in range(8): noise_video(clips.parent/f'{i}.mp4', 20, 64, 64, i)
     with pytest.raises(OSError, match='No space left'): prepare_data(clips, tiny_disk/'new', min_psnr=0, workers=1)
     made = sorted((tiny_disk/'new').glob('*.mp4'))
     assert made and all(check(p).ok for p in made) and not (tiny_disk/'new'/'clips.csv').exists() and not list((tiny_disk/'new').glob('*.part'))

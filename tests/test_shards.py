@@ -14,12 +14,12 @@ from torch import nn
 pytest.importorskip('webdataset')
 import webdataset
 
+from conftest import noise_video
 from tsd import shards as sh
 from tsd.data import VideoDataLoaders
 from tsd.resume import ExactResume
 from tsd.shards import ShardCache, index_shards, read_index, shards_of, window_order, write_shards
 from tsd.teachers import fingerprint
-from tsd.video import encode
 
 SMALL = dict(frames=4, stride=1, size=16, bs=4, num_workers=0)
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -31,7 +31,7 @@ def clips(tmp_path_factory):
     root = tmp_path_factory.mktemp('clips')
     rows = []
     for i in range(36):
-        encode(root/f'clip {i:02}.v1.mp4', torch.randint(256, (8,20,28,3), dtype=torch.uint8, generator=torch.Generator().manual_seed(i)))
+        noise_video(root/f'clip {i:02}.v1.mp4', 8, 20, 28, i)
         rows.append((f'clip {i:02}.v1.mp4', ['stay, there','à gauche','10'][i//12], 'valid' if i%12 > 7 else 'train', f'g{i//2}'))
     df = pd.DataFrame(rows, columns=['path','label','split','group'])
     df.to_csv(root/'clips.csv', index=False)

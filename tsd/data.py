@@ -430,7 +430,7 @@ def from_df(cls:VideoDataLoaders,
     skip=None, # report of `tsd doctor`: the videos it lists as errors are left out of training
     cache=False, # True: decode every video once and keep its frames in memory; a folder: on disk
     cache_gb:float=8., # memory or disk space the cache may use, GB
-    num_workers:int=None, # processes; None: none with a cache in memory, else a process for each core, 16 at most
+    num_workers:int=None, # processes; None: none with a cache in memory, else one for each core, shared by the processes that torchrun starts on a machine, 16 at most
     backend:str='auto', # of `decode`
     decode_timeout:float=None, # seconds a decoder may take before it is stopped with a VideoError, in a process of its own that may die; None: no limit
     device=None, # None: fastai's default
@@ -451,7 +451,7 @@ def from_df(cls:VideoDataLoaders,
     tfm = _training_tfm(augment, size, flip, flip_labels, names, **kwargs)
     if repeats > 1 and tfm is None: raise ValueError(f'repeats is {repeats}, and augment None: the views of a video would all be the same')
     dsets = [cls.dset_type(map(VideoItem, o.path, o.label, o.group), names, sampling, tfm if part=='train' else None, seed, backend, decode_timeout) for part,o in parts.items()]
-    if num_workers is None: num_workers = 0 if cache is True else min(16, defaults.cpus)
+    if num_workers is None: num_workers = 0 if cache is True else max(1, min(16, defaults.cpus//int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
     dls = cls.from_dsets(*dsets, path=path, bs=bs, device=device or default_device(), dl_type=VideoDL, num_workers=num_workers, repeats=(repeats,*[1]*(len(dsets)-1)), after_batch=ClipNormalize(mean, std))
     dls.missing = {k:len(every[k])-len(o) for k,o in parts.items()}
     if cache: dls.fill_cache(cache_gb, None if cache is True else cache)

@@ -298,12 +298,16 @@ class Shards:
         return res.net
 
 # %% ../nbs/28_distributed.ipynb #fa5d0004
+def _map_moments(state, p, f):
+    "`state` of the parameter `p` with `f(v, p)` for each tensor of its shape"
+    return {k: f(v, p) if isinstance(v, Tensor) and v.shape == p.shape else v for k,v in state.items()}
+
 def _exchange(opt, pairs, f):
     "Let `opt` step the second of each pair for the first; `f(v, second)` of each tensor of its state"
     other = {id(a): b for a,b in pairs}
     for g in opt.param_groups: g['params'] = [other.get(id(p), p) for p in g['params']]
     for a,b in pairs:
-        if a in opt.state: opt.state[b] = {k: f(v, b) if isinstance(v, Tensor) and v.shape == a.shape else v for k,v in opt.state.pop(a).items()}
+        if a in opt.state: opt.state[b] = _map_moments(opt.state.pop(a), b, f)
 
 @patch
 def shard(self:Distributed, o, name):
@@ -321,7 +325,7 @@ def shard_student(self:Distributed):
 
 @patch
 def before_train(self:Distributed):
-    head = getattr(self.model, 'head', None) if self.fsdp and 'student' in dict(self.model.named_children()) else None
+    head = getattr(self.model, 'head', None) if self.fsdp and hasattr(self.model, 'student') else None
     if head is not None and not isinstance(head, FSDPModule): share_weights(head); self.shard(self.model, 'head')
 
 @patch

@@ -10,7 +10,6 @@ __all__ = ['FORMATS', 'FixedMHCA', 'fold_constants', 'export_program', 'export_o
 import contextlib, hashlib, io, json, logging, shutil, tempfile
 from copy import deepcopy
 from dataclasses import asdict
-from importlib import import_module
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .imports import *
@@ -64,8 +63,7 @@ def export_program(
 # %% ../nbs/34_export.ipynb #da88f59b
 def _extra(name):
     "A package of the extra `export`"
-    try: return import_module(name)
-    except ImportError as e: raise ValueError(f"ONNX needs the package {name.split('.')[0]}, which is not installed: pip install 'tsd[export]', or leave onnx and int8 out of the formats") from e
+    return import_optional(name, 'ONNX needs', "pip install 'tsd[export]', or leave onnx and int8 out of the formats")
 
 def _about(c): return dict(vocab=json.dumps(c.vocab, ensure_ascii=False), sampling=json.dumps(asdict(c.sampling)), norm=json.dumps([_stat(c.norm.mean), _stat(c.norm.std)]))
 

@@ -7,7 +7,6 @@ __all__ = ['MAX_WINDOWS', 'page_answers', 'prediction_page', 'close_page', 'serv
 
 # %% ../nbs/36_serve.ipynb #22a8c776
 import contextlib, html, re, socket, threading
-from importlib import import_module
 import matplotlib.pyplot as plt
 
 from .imports import *
@@ -40,10 +39,6 @@ def page_answers(
         yield bars,time,look
 
 # %% ../nbs/36_serve.ipynb #edea5ef9
-def _gradio():
-    try: return import_module('gradio')
-    except ImportError as e: raise ValueError("the page needs the package gradio, which is not installed: pip install 'tsd[serve]'") from e
-
 def prediction_page(
     model,     # what `load_classifier` takes
     clips=5,   # of `predict`
@@ -51,7 +46,7 @@ def prediction_page(
     topk=5,    # classes to show
     **kwargs): # of `load_classifier`
     "A `gr.Blocks`: a video from a file or the webcam; its most probable classes, timeline, attention. A video that cannot be read is a `gr.Error` on the page"
-    gr,c = _gradio(),load_classifier(model, **kwargs)
+    gr,c = import_optional('gradio', 'the page needs', "pip install 'tsd[serve]'"),load_classifier(model, **kwargs)
     if topk < 1 or clips < 1: raise ValueError(f'topk = {topk} and clips = {clips} must be at least 1')
     show = lambda bars=None, *figs: (bars, *(gr.Plot(f, visible=f is not None) for f in figs or (None, None)))
     def answer(video):

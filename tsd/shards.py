@@ -11,7 +11,6 @@ import hashlib, io, json, re, shutil, tarfile, threading, time, uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from importlib import import_module
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from tqdm import tqdm
@@ -20,6 +19,7 @@ from .imports import *
 from .annotations import VIDEO_SUFFIXES
 from .data import VideoDataLoaders, VideoDataset, drop_missing, tidy_table
 from .doctor import Ledger, _save
+from .resume import sync_folder
 
 try: import fcntl
 except ImportError: fcntl = None # not on Windows
@@ -27,8 +27,7 @@ except ImportError: fcntl = None # not on Windows
 # %% ../nbs/18_shards.ipynb #acfbb9a6
 def _wds(name):
     "A module of webdataset"
-    try: return import_module(f'webdataset.{name}')
-    except ImportError as e: raise ValueError("tar shards need the package webdataset, which is not installed: pip install 'tsd[shards]'") from e
+    return import_optional(f'webdataset.{name}', 'tar shards need', "pip install 'tsd[shards]'")
 
 _CURL = {6: 'the host is not known', 7: 'no connection', 18: 'it ended early', 22: 'the server answers with an error, such as 404: no such file', 28: 'no answer in time'}
 
@@ -326,9 +325,9 @@ def unpack(self:ShardCache, shard):
                 n,sha = want.pop(member)
                 if self._copy(f, part/member) != (n, sha): raise OSError(f'{shard.url}: member {member} is damaged, or another than the index lists: write or fetch the shard again, or index it anew')
         if want: raise OSError(f'{shard.url}: {len(want)} of {len(shard.clips)} clips are not in it, the first is member {min(want)}: it is truncated, or another than the index lists')
-        self._sync(part)
+        sync_folder(part)
         os.replace(part, self.folder/shard.name)
-        self._sync(self.folder)
+        sync_folder(self.folder)
     except BaseException: shutil.rmtree(part, ignore_errors=True); raise
 
 @patch
@@ -346,13 +345,6 @@ def _copy(self:ShardCache, f, to):
             except OSError as e: raise OSError(f'{self.folder}: cannot be written to ({e.strerror}): make room, or lower shard_gb or window') from e
         out.flush(); os.fsync(out.fileno())
     return n,sha.hexdigest()
-
-@patch
-def _sync(self:ShardCache, folder):
-    "The names in a folder too must outlast a power cut"
-    fd = os.open(folder, os.O_RDONLY)
-    try: os.fsync(fd)
-    finally: os.close(fd)
 
 # %% ../nbs/18_shards.ipynb #d4aa184b
 @patch

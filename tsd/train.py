@@ -13,14 +13,12 @@ __all__ = ['SOURCES', 'DataConfig', 'StudentConfig', 'TeacherConfig', 'StagesCon
 import contextlib, difflib, hashlib, inspect, io, json, re, time, tomllib
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from importlib import import_module
 from types import NoneType, UnionType
 from typing import get_args
 import matplotlib.pyplot as plt
 import timm
 from fastai.callback.core import Callback
 from fastai.torch_core import set_seed
-from fastcore.all import num_cpus
 from fastcore.imports import IN_NOTEBOOK
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -364,9 +362,7 @@ def make_loaders(
     out='runs', # folder for generated clips
     key='data'):# section, for messages
     "The `VideoDataLoaders` of a section"
-    workers,n = d.num_workers,int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-    if workers is None and n > 1 and not d.cache: workers = max(1, min(16, num_cpus()//n))
-    more = {k: v for k,v in (('flip', d.flip), ('num_workers', workers), ('repeats', d.repeats if d.repeats > 1 else None)) if v is not None}
+    more = {k: v for k,v in (('flip', d.flip), ('num_workers', d.num_workers), ('repeats', d.repeats if d.repeats > 1 else None)) if v is not None}
     kw = dict(frames=d.frames, stride=d.stride, size=d.size, mode=d.mode, augment=d.augment, cache=d.cache, bs=bs, seed=seed) | more
     if d.source == 'tinyclips':
         root = Path(_path(d.root, f'{key}.root') if d.root else Path(out)/f'clips_{d.options.get("kind", "scene")}')
@@ -576,8 +572,7 @@ class Progress(Callback):
 
 def _package(name):
     "The package that `log.NAME = true` asks for. ValueError where it is not installed"
-    try: return import_module(name)
-    except ImportError as e: raise ValueError(f'log.{name} = true needs the package {name}, which is not installed: pip install {name}, or log.{name}=false') from e
+    return import_optional(name, f'log.{name} = true needs', f'pip install {name}, or log.{name}=false')
 
 def _terms(learn): return {k: float(v) for k,v in getattr(learn.__dict__.get('distill'), 'terms', {}).items()}
 
