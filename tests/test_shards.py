@@ -190,9 +190,10 @@ def test_several_processes_unpack_a_shard_once(clips, tmp_path):
     assert [p.exitcode for p in ps] == [0]*4 and len((tmp_path/'log').read_text().split()) == 1
 
 def test_killed_while_unpacking(clips, tmp_path):
-    tar = clips[0]/'shards/train-000000.tar'
-    half = f"pipe:head -c {tar.stat().st_size//2} '{tar}'; sleep 5"
-    shard = shards_at(clips)[0]
+    root,df = clips
+    write_shards(df, tmp_path/'large', root, shard_mb=1.)                     # more of it than a block of the pipe comes through
+    shard = shards_of(read_index(tmp_path/'large/index.csv'))[0][0]
+    half = f"pipe:head -c {shard.bytes//2} '{shard.url}'; sleep 5"
     def work():
         with ShardCache(tmp_path/'c').held(sh.Shard(half, shard.name, shard.bytes, shard.clips)): pass
     p = fork.Process(target=work); p.start()
@@ -203,6 +204,11 @@ def test_killed_while_unpacking(clips, tmp_path):
     assert part.exists() and whole(tmp_path/'c') == [] and cache.used() == shard.bytes
     with cache.held(shard) as folder: assert sorted(o.name for o in folder.iterdir()) == [m for m,*_ in shard.clips]
     assert not part.exists()
+
+def test_room_for_as_much_as_was_allowed(tmp_path):
+    n = 124715
+    assert n/1e9*1e9 < n                                                     # a number that GB do not hold exactly
+    ShardCache(tmp_path, gb=n/1e9).make_room(sh.Shard('x.tar', f'x-{"0"*16}-{n}', n, ()), seconds=0)
 
 def test_a_part_of_another_run_makes_room(clips, tmp_path):
     one,two = shards_at(clips)[:2]

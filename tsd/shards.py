@@ -330,20 +330,25 @@ def unpack(self:ShardCache, shard):
         sync_folder(self.folder)
     except BaseException: shutil.rmtree(part, ignore_errors=True); raise
 
+@contextmanager
+def _writing(folder):
+    "An OSError that names the folder where it cannot be written to"
+    try: yield
+    except OSError as e: raise OSError(f'{folder}: cannot be written to ({e.strerror}): make room, lower shard_gb or window, or choose another folder') from e
+
 @patch
 def _copy(self:ShardCache, f, to):
     "Write a member to a file: its size and digest"
     n,sha = 0,hashlib.sha256()
-    try:
+    with _writing(self.folder):
         to.parent.mkdir(parents=True, exist_ok=True)
-        out = open(to, 'wb')
-    except OSError as e: raise OSError(f'{self.folder}: cannot be written to ({e.strerror})') from e
+        out = open(to, 'wb', buffering=0)                                    # with a buffer the error may come as late as in close
     with out:
         while data := f.read(2**20):
             n += len(data); sha.update(data)
-            try: out.write(data)
-            except OSError as e: raise OSError(f'{self.folder}: cannot be written to ({e.strerror}): make room, or lower shard_gb or window') from e
-        out.flush(); os.fsync(out.fileno())
+            with _writing(self.folder):
+                while data: data = data[out.write(data):]                    # a disk takes what there is room for, then nothing
+        with _writing(self.folder): os.fsync(out.fileno())
     return n,sha.hexdigest()
 
 # %% ../nbs/18_shards.ipynb #d4aa184b
@@ -353,15 +358,14 @@ def make_room(self:ShardCache, shard, seconds=60):
     until,part = time.monotonic()+seconds,self.folder/f'{shard.name}.part'
     with _locked(self.folder/'room.lock'):
         if part.exists(): shutil.rmtree(part)                                                # of a process that was killed
-        while self.gb is not None and self.used()+shard.bytes > self.gb*1e9:
+        while self.gb is not None and self.used()+shard.bytes > round(self.gb*1e9):
             if any(map(self.remove, self.removable())): continue
             if time.monotonic() > until: raise OSError(f'{self.folder}: {self.used()/1e9:.3g} GB of shards are in use, {shard.name} takes {shard.bytes/1e9:.3g} GB, and shard_gb is {self.gb:.3g}: '
                                                        'raise it, or give each data set a folder of its own')
             time.sleep(.1)
         free = shutil.disk_usage(self.folder).free
         if shard.bytes > free: raise OSError(f'{self.folder}: {shard.name} takes {shard.bytes/1e9:.3g} GB, and {free/1e9:.3g} GB are free: choose another disk, or a smaller window')
-        try: part.mkdir()
-        except OSError as e: raise OSError(f'{self.folder}: cannot be written to ({e.strerror})') from e
+        with _writing(self.folder): part.mkdir()
 
 @patch
 def _there(self:ShardCache): return {o.name.removesuffix('.part') for o in self.folder.iterdir() if re.fullmatch(r'.+-[0-9a-f]{16}-\d+(\.part)?', o.name)}

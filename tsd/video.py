@@ -40,7 +40,7 @@ def encode(
     crf:int=23, # x264's constant quality: 0 is lossless, 51 the worst
     preset:str='veryfast', # x264's preset
 ):
-    "Write `video` as an H.264 file; one thread, so the same frames give the same file"
+    "Write `video` as an H.264 file; one thread, so the same frames give the same file on the same kind of processor"
     video = np.ascontiguousarray(video)
     t,h,w,_ = video.shape
     if t<1 or h%2 or w%2: raise ValueError(f'{path}: cannot write {t} frames of {w}x{h}: H.264 in 4:2:0 needs a frame, and even sides')
