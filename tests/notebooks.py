@@ -28,6 +28,12 @@ def notebooks(root=ROOT):
     if not nbs: raise SystemExit(f'no notebook found under {root/"nbs"}')
     return nbs
 
+def last_shown(output):
+    "Take out what progress bars of a stream wrote over; False where nothing is left"
+    if 'text' not in output: return True
+    output['text'] = re.sub(r'.*\r', '', ''.join(output['text'])).splitlines(keepends=True)
+    return bool(output['text'])
+
 def run(path):
     "Execute the notebook at `path` as `nbdev_test` would, but keep the outputs; cells with a test flag keep their old ones"
     path, skip = Path(path).resolve(), set(get_config().tst_flags.split())
@@ -44,7 +50,7 @@ def run(path):
     except Exception: raise SystemExit(shell.prettytb(fname=path.name))
     raw = read_nb(path)                                   # the source as it stands on disk, directives included
     for old, new in zip(raw.cells, nb.cells):
-        if old.cell_type == 'code': old['outputs'] = [o for o in new.get('outputs', []) if o.get('name') != 'stderr']
+        if old.cell_type == 'code': old['outputs'] = [o for o in new.get('outputs', []) if o.get('name') != 'stderr' and last_shown(o)]
     clean_nb(raw)
     write_nb(raw, path)
 

@@ -31,13 +31,15 @@ def plot_history(
     if unknown := set(metrics)-set(df.metric): raise ValueError(f'history has no metric {sorted(unknown)}: it has {list(dict.fromkeys(df.metric))}')
     cols = min(cols, len(metrics))
     fig,axs = plt.subplots(-(-len(metrics)//cols), cols, figsize=(2.3*cols,1.9*-(-len(metrics)//cols)), squeeze=False, sharex=True)
-    runs = df.run.nunique() if 'run' in df else 1
+    many = dict(hue='run', hue_order=runs) if len(runs := list(df.run.unique()) if 'run' in df else []) > 1 else {}
     starts = {s for _,g in df.groupby('run' if 'run' in df else lambda i: 0) for s in stage_starts(g, x)[1:]}
     for ax in axs.flat[len(metrics):]: ax.remove()
-    for ax,m in zip(axs.flat, metrics):
-        sns.lineplot(df[df.metric==m], x=x, y='value', hue='run' if runs>1 else None, ax=ax, errorbar=None, legend=runs>1 and m==metrics[0])
+    for i,(ax,m) in enumerate(zip(axs.flat, metrics)):
+        sns.lineplot(df[df.metric==m], x=x, y='value', ax=ax, errorbar=None, legend=bool(many) and m==metrics[0], **many)
         for s in starts: ax.axvline(s, ls='--', c='grey', lw=.8)
-        ax.set_title(m, fontsize=9); ax.set(ylabel=''); ax.tick_params(labelsize=7)
+        last = i+cols >= len(metrics)                                     # nothing below it
+        ax.set_title(m, fontsize=9); ax.set_xlabel(x, fontsize=8, visible=last); ax.set(ylabel=''); ax.tick_params(labelsize=7, labelbottom=last)
+    if many: sns.move_legend(axs.flat[0], 'best', fontsize=7, title=None, frameon=False)
     sns.despine(fig); fig.tight_layout()
     return axs.flat[:len(metrics)]
 

@@ -32,6 +32,10 @@ class Stage:
     quarters:tuple=(1,2,3,4)    # fpld: the student's quarters that get a branch (table 4)
     eta:float=1.1               # fpld: η of eq 7
 
+    def __repr__(self):                                             # the name of the teacher's network, not all its layers
+        said = vars(self) | dict(teacher=self.teacher and type(getattr(self.teacher, 'model', self.teacher)).__name__)
+        return f"Stage({', '.join(f'{k}={v!r}' for k,v in said.items())})"
+
     def __post_init__(self):
         if self.epochs < 0: raise ValueError(f'{self.name}: epochs = {self.epochs} cannot be negative')
         if self.feature not in (None, 'fad', 'fpld'): raise ValueError(f"{self.name}: feature = {self.feature!r} must be 'fad', 'fpld' or None")
