@@ -187,11 +187,11 @@ def _sampling(p):
 
 def _classifier(args):
     "The model of `--model` on its device, with what options say of its sampling; joins the processes of torchrun"
-    import torch.distributed as dist
     from dataclasses import replace
     from tsd.annotations import read_classes
+    from tsd.distributed import launched, start_processes
     from tsd.evaluate import load_classifier
-    if int(os.environ.get('WORLD_SIZE', 1)) > 1 and not dist.is_initialized(): dist.init_process_group('gloo')
+    if launched(): start_processes('cpu')                          # they exchange numbers; the network has its GPU below
     if args.clips < 1: raise ValueError(f'--clips {args.clips} must be at least 1')
     model = os.path.expandvars(args.model)
     if model.endswith('.onnx'): from tsd.export import load_onnx; model = load_onnx(model)

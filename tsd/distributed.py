@@ -40,10 +40,12 @@ def start_processes(
     device=None,  # 'cuda', 'cpu'; None: a GPU of its own for each process where there is one
     minutes=10.,  # how long a process waits for the others before it fails
 )->PartialState:
-    "Join the process group of the launcher. ValueError where nothing launched us, or a GPU is lacking"
+    "Join the process group of the launcher. ValueError where nothing launched us, a GPU is lacking, or another attempt could not begin"
     if device not in (None, 'cuda', 'cpu'): raise ValueError(f"device = {device!r} must be 'cuda' or 'cpu'")
     if minutes <= 0: raise ValueError(f'minutes = {minutes} must be above 0')
     if not launched(): raise ValueError('no process group: start the script with `torchrun --nproc_per_node N` or `accelerate launch`; a single process needs no Distributed')
+    if os.environ.get('TORCHELASTIC_MAX_RESTARTS', '0') != '0' and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
+        raise ValueError('torchrun --max_restarts: a second attempt would look for the processes of the first. Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, with --rdzv_backend c10d or --standalone')
     local,gpus = int(os.environ.get('LOCAL_RANK', 0)),torch.cuda.device_count()
     device = device or ('cuda' if gpus else 'cpu')
     if device == 'cuda' and local >= gpus:
