@@ -276,6 +276,8 @@ def test_full_disk(clips, tmp_path, monkeypatch):
             with pytest.raises(OSError, match='disk: cannot be written to .No space left'): loaders(clips, tmp_path/'disk')
             assert not list((tmp_path/'disk').glob('*.part'))
         finally: os.system(f'umount -l {tmp_path}/disk')
+    if Path('/dev/full').exists():                                           # even where a member is smaller than a buffer
+        with pytest.raises(OSError, match=f'{tmp_path}: cannot be written to .No space left'): ShardCache(tmp_path)._copy(io.BytesIO(b'x'), Path('/dev/full'))
     monkeypatch.setattr(shutil, 'disk_usage', lambda p: type('u', (), dict(free=100)))
     with pytest.raises(OSError, match='GB are free: choose another disk'): loaders(clips, tmp_path/'c')
 
