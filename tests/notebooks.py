@@ -28,11 +28,10 @@ def notebooks(root=ROOT):
     if not nbs: raise SystemExit(f'no notebook found under {root/"nbs"}')
     return nbs
 
-def last_shown(output):
-    "Take out what progress bars of a stream wrote over; False where nothing is left"
-    if 'text' not in output: return True
-    output['text'] = re.sub(r'.*\r', '', ''.join(output['text'])).splitlines(keepends=True)
-    return bool(output['text'])
+def shown(outputs):
+    "The outputs without stderr, and without what progress bars wrote over"
+    outputs = [o | dict(text=re.sub(r'.*\r', '', ''.join(o['text'])).splitlines(keepends=True)) if 'text' in o else o for o in outputs if o.get('name') != 'stderr']
+    return [o for o in outputs if o.get('text', True)]
 
 def run(path):
     "Execute the notebook at `path` as `nbdev_test` would, but keep the outputs; cells with a test flag keep their old ones"
@@ -50,7 +49,7 @@ def run(path):
     except Exception: raise SystemExit(shell.prettytb(fname=path.name))
     raw = read_nb(path)                                   # the source as it stands on disk, directives included
     for old, new in zip(raw.cells, nb.cells):
-        if old.cell_type == 'code': old['outputs'] = [o for o in new.get('outputs', []) if o.get('name') != 'stderr' and last_shown(o)]
+        if old.cell_type == 'code': old['outputs'] = shown(new.get('outputs', []))
     clean_nb(raw)
     write_nb(raw, path)
 

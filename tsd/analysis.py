@@ -15,6 +15,7 @@ from sklearn.metrics import confusion_matrix
 from .imports import *
 from .evaluate import bootstrap_interval, read_results
 from .mhca import MHCA
+from .plots import panels
 
 # %% ../nbs/31_analysis.ipynb #cdbe9b32
 def _results(t): return t if isinstance(t, pd.DataFrame) else read_results(t)
@@ -135,19 +136,17 @@ def plot_centres(
     "The heads of each block around the query (cross): centre, and circle of one deviation"
     df = centres if isinstance(centres, pd.DataFrame) else attention_centres(centres)
     blocks = list(dict.fromkeys(df.block))
-    cols = min(cols, len(blocks))
-    rows,r = -(-len(blocks)//cols),1.2*max(1, df[['row','column']].abs().max().max() + df.sigma[np.isfinite(df.sigma)].quantile(.9))
-    fig,axs = plt.subplots(rows, cols, figsize=(1.9*cols, 2*rows), squeeze=False, sharex=True, sharey=True)
-    for ax in axs.flat[len(blocks):]: ax.remove()
-    for i,(ax,b) in enumerate(zip(axs.flat, blocks)):
+    r = 1.2*max(1, df[['row','column']].abs().max().max() + df.sigma[np.isfinite(df.sigma)].quantile(.9))
+    fig,axs = panels(len(blocks), cols, 1.9, 2, sharey=True)
+    for ax,b in zip(axs, blocks):
         one = df[df.block == b]
         sns.scatterplot(one, x='column', y='row', hue='head', palette='tab10', ax=ax, legend=False, s=18)
         for o,c in zip(one.itertuples(), sns.color_palette('tab10', len(one))):
             if math.isfinite(o.sigma): ax.add_patch(plt.Circle((o.column, o.row), o.sigma, fill=False, color=c, lw=.8))
         ax.plot(0, 0, '+', c='black')
-        ax.set(xlim=(-r,r), ylim=(r,-r), aspect='equal', xlabel='', ylabel=''); ax.set_title(f'block {b+1}', fontsize=8); ax.tick_params(labelsize=7, labelbottom=i+cols >= len(blocks))
+        ax.set(xlim=(-r,r), ylim=(r,-r), aspect='equal', xlabel='', ylabel=''); ax.set_title(f'block {b+1}', fontsize=8)
     fig.supxlabel('columns from the query, patches', fontsize=8); fig.supylabel('rows', fontsize=8); fig.tight_layout()
-    return axs.flat[:len(blocks)]
+    return axs
 
 # %% ../nbs/31_analysis.ipynb #c1a87faf
 @torch.inference_mode()

@@ -200,7 +200,7 @@ def teacher_identity(
     "What decides a teacher's answer to given pixels, as a dict that JSON can hold"
     m,auto = teacher.model,torch.is_autocast_enabled(device.type)
     text = lambda o: hashlib.blake2b(str(o).encode(), digest_size=8).hexdigest()
-    who = dict(kind=(getattr(m, 'pretrained_cfg', None) or {}).get('architecture') or type(m).__name__, weights=_digest(teacher.state_dict()),
+    who = dict(kind=teacher.arch, weights=_digest(teacher.state_dict()),
                layers=text(m), config=getattr(m, 'config', {}), memo=[str(o.memo.dtype) for o in teacher.modules() if getattr(o, 'memo', None) is not None],
                device=device.type, precision=str(torch.get_autocast_dtype(device.type)) if auto else f'float32, {torch.get_float32_matmul_precision()}, tf32 {torch.backends.cudnn.allow_tf32}',
                versions=dict(tsd=__version__, torch=torch.__version__, timm=timm.__version__))

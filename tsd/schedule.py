@@ -33,7 +33,7 @@ class Stage:
     eta:float=1.1               # fpld: η of eq 7
 
     def __repr__(self):                                             # the name of the teacher's network, not all its layers
-        said = vars(self) | dict(teacher=self.teacher and type(getattr(self.teacher, 'model', self.teacher)).__name__)
+        said = vars(self) | dict(teacher=self.teacher and self.teacher.arch)
         return f"Stage({', '.join(f'{k}={v!r}' for k,v in said.items())})"
 
     def __post_init__(self):

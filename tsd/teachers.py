@@ -93,6 +93,10 @@ class Teacher(nn.Module):
         self.requires_grad_(False).eval()
 
     @property
+    def arch(self):
+        "timm's name of its network where there is one, else its class"
+        return (getattr(self.model, 'pretrained_cfg', None) or {}).get('architecture') or type(self.model).__name__
+    @property
     def num_classes(self): return self.model.num_classes
     @property
     def num_features(self): return self.model.num_features

@@ -462,7 +462,6 @@ def make_stages(cfg, cnn, vit):
     return [Stage('stage1', t.stage1_epochs, cnn, **weights(t.label1, t.logit1, cnn), feature=t.distill if cnn else None, beta=t.beta, T=t.T, frame_stride=t.frame_stride, quarters=t.quarters),
             Stage('stage2', t.stage2_epochs, vit, **weights(t.label2, t.logit2, vit), T=t.T)]
 
-def _name(teacher): return teacher and ((getattr(teacher.model, 'pretrained_cfg', None) or {}).get('architecture') or type(teacher.model).__name__)
 
 def _counts(d, seed, out, key):
     "Training clips, videos to test on, classes"
@@ -492,7 +491,7 @@ def plan(
         cost = step_cost(stage, net, Sampling(d.frames, d.stride, d.size), precision != 'fp32')
         batches = n*d.repeats//bs
         if not batches: raise ValueError(f'{stage.name}: a batch of {bs} clips, and there are {n*d.repeats}')
-        return dict(teacher=_name(stage.teacher), epochs=epochs, clips=n, batch=bs, clips_a_step=bs*accumulate,
+        return dict(teacher=stage.teacher and stage.teacher.arch, epochs=epochs, clips=n, batch=bs, clips_a_step=bs*accumulate,
             steps=epochs*-(-batches//accumulate), student_millions=cost['student_millions'], student_gmacs=cost['student_gmacs'], teacher_millions=cost['teacher_millions'], teacher_gmacs=cost['teacher_gmacs'],
             tflops_a_step=cost['tflops']*bs*accumulate, memory_gib=cost['gib'] + cost['gib_clip']*bs, exaflops=cost['tflops']*n*d.repeats*epochs/1e6,
             cache_gb=kept/1e9, hours=n*d.repeats*epochs/rate/3600 if rate else np.nan)
